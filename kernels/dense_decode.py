@@ -1,0 +1,682 @@
+"""Dense MLA decode for sm_90a: paged bf16 or fp16 latent cache, one CTA per 64 query rows and span of KV tiles.
+
+The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = latent (512) ++ rope (64), v = latent:
+  s       = q k^T * scale_log2                         mask: token >= limit(row)  ->  -inf
+  row_max = max(s), moved only when exceeded by more than `lazy_rescale`; numerator and row_sum share it, so o is exact
+  p       = exp2(s - row_max);  rescale = exp2(old row_max - row_max);  row_sum = row_sum * rescale + sum(p)
+  o       = o * rescale + p v                          out = o / row_sum,  lse = ln2 * (row_max + log2(row_sum))
+
+            ring: 3 slots of 64 rows x 512 columns (64 KB)         SCORE registers: q columns 0..447, s, p
+  page --> [ latent tile ][ latent tile ][ q of next item ] -----> s = q k^T -- p, rescale --> smem p (8 KB), rescale
+  page --> [ rope tile 8 KB ]   [ q columns 448..575, 16 KB ] --^                                 |
+                                                       VALUE left: o[:, 0:256]  <-- p v --> VALUE right: o[:, 256:512]
+An item's slots are: q, tile first, .., tile end - 1.  Letting q travel through the ring hides its load behind the
+previous item's last tiles, and the item's record rides along in smem.  There is no producer warp.
+
+  role         warps  registers  waits on                                  signals
+  SCORE        0-3    184        slot_full rope_full q_tail_full p_empty   p_full pv_go, slot_empty of a q slot
+    warp 0     0                 named barrier ROPE (all SCORE warps)      rope_full q_tail_full, by TMA
+  VALUE_LEFT   4-7    160        p_full pv_go                              p_empty slot_empty
+  VALUE_RIGHT  8-11   160        p_full pv_go                              p_empty slot_empty
+    warp 8     8                 slot_empty                                slot_full, by TMA
+
+  barrier        arrivals  phase completes when                            who waits
+  slot_full[3]   1 + tx    the slot's bytes have landed                    SCORE
+  slot_empty[3]  8         8 VALUE warps, or 4 SCORE warps x 2 (q slot)    warp 8, to refill it
+  rope_full      1 + tx    the rope columns of the next tile have landed   SCORE
+  q_tail_full    1 + tx    q columns 448..575 of the item have landed      SCORE
+  p_full         4         p and rescale of a tile are stored              VALUE (implies slot_full: s came from it)
+  p_empty        8         p and rescale of a tile are consumed            SCORE
+  pv_go          4         the tensor core is about to be free             VALUE
+
+Steady state; tile c's scores are in SCORE's registers when its round starts, nothing is in flight:
+  S1 SCORE  mask and soften tile c: row_max, rescale, p in registers; pinned before S2 by a store
+  S2 SCORE  issue q k^T of tile c + 1, before p is stored: this is what keeps the tensor core fed
+  S3 SCORE  wait p_empty, store p and rescale of tile c -> p_full
+  S4 SCORE  first commit group of S2 done -> pv_go, then wait for the rest; advance the ring
+  S5 SCORE  all four warps through S4: warp 0 requests the rope tile c + 2
+  V1 VALUE  wait p_full; rescale o if any row moved; in the last tile zero the rows of v past the end
+  V2 VALUE  wait pv_go; o += p v; wait
+  V3 VALUE  -> p_empty, slot_empty
+  V4 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
+"""
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from .config import SMEM_LIMIT, TILE, MLAConfig
+from .parts.loads import EVICT_FIRST, TmaLoad, TmaOperand, load_pages
+from .parts.mask import Mask
+from .parts.ptx import lane_value, opaque, uniform
+from .parts.rows import RowTile, num_row_tiles
+from .parts.softmax import OnlineSoftmax
+from .parts.store import store_final, store_split
+from .parts.sync import RingPos, arrive, warp_arrivals
+from .parts.tiles import BLOCK, column_blocks, element_type, fragment_row, swizzled, thread_in_warpgroup
+from .parts.work import RECORD, Work, WorkItem
+
+STEPS = BLOCK // 16  # k-steps of a column block
+Q_BLOCKS = 7  # column blocks of q in registers (0..447); block 7 and the rope block stay in smem
+GROUP_A = Q_BLOCKS * STEPS - 1  # register k-steps in S2's first commit group; pv_go is sent when it is done
+SCORE_WARPS, VALUE_WARPS = 4, 8
+REFILL_WARP, REFILL_HALF = 8, 1
+SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+LOG2_E = 1.4426950408889634
+
+
+class NamedBarrier(IntEnum):
+    ROPE = 1
+    ZERO_LEFT = 2  # + half
+
+
+# ---------------------------------------------------------------------- bundles
+# The bundle says where a tensor lives: args.x in gmem, smem.x in smem.  Locals: prefix g, s, r, t (descriptors).
+@dataclass(frozen=True)
+class Outputs:
+    o: cute.Tensor  # (request, query token, head, latent)
+    lse: cute.Tensor  # (request, head, query token)
+    o_split: cute.Tensor  # (slot, query token, head, latent) f32
+    lse_split: cute.Tensor  # (slot, query token, head)
+
+
+@dataclass(frozen=True)
+class Args:
+    """all that crosses to the device"""
+
+    q: TmaOperand  # columns 0..511, (head, query token, 64, 8, request)
+    q_tail: TmaOperand  # columns 448..575, (head, query token, 64, 2, request)
+    latent: TmaOperand  # (token, 64, 8, kv head, page)
+    rope: TmaOperand  # (token, 64, 1, kv head, page)
+    block_table: cute.Tensor  # (request, tile)
+    items: cute.Tensor  # (item, RECORD)
+    part_begin: cute.Tensor  # (part + 1,)
+    result: Outputs
+    h_kv: Int32
+    scale_log2: Float32
+
+
+@dataclass(frozen=True)
+class Smem:
+    ring: cute.Tensor  # (row, 512, stage)
+    q_tail: cute.Tensor  # (row, 128, 1)
+    rope: cute.Tensor  # (token, 64, 1)
+    p: cute.Tensor  # (row, token)
+    rescale: cute.Tensor  # (row,)
+    inv_sum: cute.Tensor  # (row, item parity)
+    item: cute.Tensor  # (RECORD, item parity)
+    anchor: cute.Tensor  # (thread of SCORE,), never read
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """pointers to mbarriers, in smem order"""
+
+    slot_full: cute.Pointer
+    slot_empty: cute.Pointer
+    rope_full: cute.Pointer
+    q_tail_full: cute.Pointer
+    p_full: cute.Pointer
+    p_empty: cute.Pointer
+    pv_go: cute.Pointer
+
+    @classmethod
+    def table(cls, config):
+        """name -> (how many, arrivals per phase)"""
+        lanes = config.lane_arrivals
+        tma = warp_arrivals(1, True) + 1 if lanes else 1
+        score, value = warp_arrivals(SCORE_WARPS, lanes), warp_arrivals(VALUE_WARPS, lanes)
+        return dict(
+            slot_full=(config.stages, tma),
+            slot_empty=(config.stages, value),
+            rope_full=(1, tma),
+            q_tail_full=(1, tma),
+            p_full=(1, score),
+            p_empty=(1, value),
+            pv_go=(1, score),
+        )
+
+    @classmethod
+    def total(cls, config):
+        return sum(num for num, _ in cls.table(config).values())
+
+    @classmethod
+    def carve(cls, config, base):
+        at = {}
+        for name, (num, _) in cls.table(config).items():
+            at[name], base = base, base + num
+        return cls(**at)
+
+    def init(self, config):
+        for name, (num, arrivals) in self.table(config).items():
+            for i in range(num):
+                cute.arch.mbarrier_init(getattr(self, name) + i, arrivals)
+
+
+# ---------------------------------------------------------------------- MMAs, shared memory
+def mma_qk(config, q_source):
+    dtype, k_major = element_type(config), OperandMajorMode.K
+    return warpgroup.MmaF16BF16Op(dtype, Float32, (TILE, TILE, 16), q_source, k_major, k_major)
+
+
+def mma_pv(config):
+    shape = (TILE, config.kv.latent // 2, 16)
+    return warpgroup.MmaF16BF16Op(element_type(config), Float32, shape, SMEM, OperandMajorMode.K, OperandMajorMode.MN)
+
+
+def allocate(config):
+    dtype, latent = element_type(config), config.kv.latent
+    elements = lambda n: cute.struct.Align[cute.struct.MemRange[dtype, n], 1024]
+
+    @cute.struct
+    class Storage:
+        ring: elements(config.stages * TILE * latent)
+        q_tail: elements(TILE * 2 * BLOCK)
+        rope: elements(TILE * BLOCK)
+        p: elements(TILE * TILE)
+        rescale: cute.struct.MemRange[Float32, TILE]
+        inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
+        item: cute.struct.MemRange[Int32, 2 * RECORD]
+        anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
+        bars: cute.struct.MemRange[Int64, Barriers.total(config)]
+
+    size = Storage.size_in_bytes()
+    assert size <= SMEM_LIMIT, f"{config.name}: {size} bytes of shared memory, {SMEM_LIMIT} allowed"
+    storage = SmemAllocator().allocate(Storage)
+    view = lambda field, *shape: (lambda s: field.get_tensor(s.outer, swizzle=s.inner))(swizzled(dtype, *shape))
+    plain = lambda field, *shape: field.get_tensor(cute.make_layout(shape))
+    smem = Smem(
+        ring=view(storage.ring, TILE, latent, config.stages),
+        q_tail=view(storage.q_tail, TILE, 2 * BLOCK, 1),
+        rope=view(storage.rope, TILE, BLOCK, 1),
+        p=view(storage.p, TILE, TILE),
+        rescale=plain(storage.rescale, TILE),
+        inv_sum=plain(storage.inv_sum, TILE, 2),
+        item=plain(storage.item, RECORD, 2),
+        anchor=plain(storage.anchor, 32 * SCORE_WARPS),
+    )
+    return smem, Barriers.carve(config, storage.bars.data_ptr())
+
+
+# ---------------------------------------------------------------------- V4: keeping the ring full
+@dataclass(frozen=True)
+class Cursor:
+    """what the refill warp requests next"""
+
+    it: Int32  # item
+    wants_q: Boolean  # its q slot, else tile `tile`
+    batch: Int32
+    first: Int32
+    tile: Int32
+    end: Int32
+    record: Int32  # per lane: field lane % RECORD of the next record to start
+    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
+
+
+@dataclass(frozen=True)
+class Refill:
+    """global loads made here are used one call later"""
+
+    q: TmaLoad
+    latent: TmaLoad
+    block_table: cute.Tensor
+    work: Work
+    sItem: cute.Tensor  # (RECORD, item parity)
+    slot_empty: cute.Pointer
+
+    def start(self):
+        zero, record = Int32(0), self.work.records[0, cute.arch.lane_idx() % RECORD]
+        return Cursor(zero, Boolean(True), zero, zero, zero, zero, record, zero)
+
+    @cute.jit
+    def request(self, c: Cursor, stage: Int32):
+        it, wants_q, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(Cursor))
+        lane = cute.arch.lane_idx()
+        if it < self.work.count:
+            if wants_q:
+                if lane < RECORD:
+                    self.sItem[lane, it & 1] = record
+                cute.arch.sync_warp()
+                batch, first, end = lane_value(record, 0), lane_value(record, 1), lane_value(record, 2)
+                tile, wants_q = first, Boolean(False)
+                self.q.start(batch, stage)
+                pages = load_pages(self.block_table, batch, first, end)
+                if it + 1 < self.work.count:
+                    record = self.work.records[it + 1, lane % RECORD]
+            else:
+                self.latent.start(lane_value(pages, tile - first), stage)
+                tile += 1
+                if tile == end:
+                    it, wants_q = it + 1, Boolean(True)
+                elif (tile - first) % 32 == 0:
+                    pages = load_pages(self.block_table, batch, tile, end)
+        return Cursor(it, wants_q, batch, first, tile, end, record, pages)
+
+    @cute.jit
+    def wait_and_request(self, c: Cursor, pos: RingPos):
+        cute.arch.mbarrier_wait(self.slot_empty + pos.stage, pos.phase)
+        return self.request(c, pos.stage)
+
+
+# ---------------------------------------------------------------------- SCORE's bundles
+@dataclass(frozen=True)
+class ScoreTiles:
+    """operands of q k^T"""
+
+    tQ: cute.Tensor  # (1, 1, 8): columns 448..575
+    tK: cute.Tensor  # (1, 1, 32, stage)
+    tRope: cute.Tensor  # (1, 1, 4)
+    rQ: tuple  # 7 column blocks
+    rS: cute.Tensor
+    rP: cute.Tensor
+
+    @classmethod
+    def make(cls, config, smem):
+        ss, rs = cute.make_tiled_mma(mma_qk(config, SMEM)), cute.make_tiled_mma(mma_qk(config, RMEM))
+        w = ss.get_slice(0)  # (slice 0: descriptors stay warp-uniform)
+        make_b = lambda s: w.make_fragment_B(w.partition_B(s))
+        a_block, acc, dtype = rs.partition_shape_A((TILE, BLOCK)), ss.partition_shape_C((TILE, TILE)), element_type(config)
+        return cls(
+            tQ=w.make_fragment_A(w.partition_A(smem.q_tail[None, None, 0])),
+            tK=make_b(smem.ring),
+            tRope=make_b(smem.rope[None, None, 0]),
+            rQ=tuple(cute.make_rmem_tensor(a_block, dtype) for _ in range(Q_BLOCKS)),
+            rS=cute.make_rmem_tensor(acc, Float32),
+            rP=cute.make_rmem_tensor(acc, dtype),
+        )
+
+
+@dataclass(frozen=True)
+class ScoreLoads:
+    """what SCORE's warp 0 requests itself"""
+
+    rope: TmaLoad
+    q_tail: TmaLoad
+    block_table: cute.Tensor
+    warp_idx: Int32
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """the item after the current one"""
+
+    exists: Boolean
+    batch: Int32
+    pages: Int32  # per lane
+
+
+# ---------------------------------------------------------------------- the kernel
+class DenseDecode:
+    def __init__(self, config: MLAConfig):
+        self.config = config
+
+    # ------------------------------------------------------------------ host
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # (request, query token, head, 576)
+        cache: cute.Tensor,  # (page, token, kv head, 576)
+        block_table: cute.Tensor,  # (request, tile) int32
+        items: cute.Tensor,  # (item, RECORD) int32
+        part_begin: cute.Tensor,  # (part + 1,) int32
+        result: Outputs,
+        softmax_scale: Float32,
+        stream,
+    ):
+        config, latent, blocks = self.config, self.config.kv.latent, self.config.latent_blocks
+        num_pages, _, h_kv, _ = cache.shape
+        _, s_q, h_q, _ = q.shape
+        args = Args(
+            q=self._query_operand(q, 0, blocks),
+            q_tail=self._query_operand(q, Q_BLOCKS * BLOCK, 2),
+            latent=self._cache_operand(cache, 0, blocks),
+            rope=self._cache_operand(cache, latent, 1),
+            block_table=block_table,
+            items=items,
+            part_begin=part_begin,
+            result=result,
+            h_kv=h_kv,
+            scale_log2=softmax_scale * LOG2_E,
+        )
+        row_tiles = num_row_tiles(config.head_tile, s_q, h_q, h_kv)
+        self.kernel(args).launch(
+            grid=[row_tiles, part_begin.shape[0] - 1, 1],
+            block=[32 * (SCORE_WARPS + VALUE_WARPS), 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,  # without it setmaxnreg is ignored
+            hint_smem_base_uniform=True,
+            use_pdl=True,
+        )
+
+    def _query_operand(self, q, column, blocks):
+        """columns column .. column + 64 * blocks of q as (head, query token, 64, block, request), see parts/rows.py"""
+        b, s_q, h_q, _ = q.shape
+        stride_b, stride_s, stride_h, _ = q.stride
+        flat = self.config.head_tile == 0
+        rows = (s_q * h_q, 1) if flat else (h_q, s_q)
+        layout = cute.make_layout((*rows, BLOCK, blocks, b), stride=(stride_h, stride_s, 1, BLOCK, stride_b))
+        return TmaOperand.make(cute.make_tensor(q.iterator + column, layout), blocks, self.config.row_modes)
+
+    def _cache_operand(self, cache, column, blocks):
+        num_pages, page, h_kv, _ = cache.shape
+        stride_page, stride_token, stride_h, _ = cache.stride
+        shape, stride = (page, BLOCK, blocks, h_kv, num_pages), (stride_token, 1, BLOCK, stride_h, stride_page)
+        return TmaOperand.make(cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride)), blocks)
+
+    # ------------------------------------------------------------------ device: dispatch
+    @cute.kernel
+    def kernel(self, args: Args):
+        smem, bars = allocate(self.config)
+        warp_idx = uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for operand in (args.q, args.q_tail, args.latent, args.rope):
+                cpasync.prefetch_descriptor(operand.atom)
+            with cute.arch.elect_one():
+                bars.init(self.config)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
+        cute.arch.griddepcontrol_launch_dependents()
+        row_tile, part, _ = cute.arch.block_idx()
+        _, s_q, h_q, _ = args.result.o.shape
+        rows = RowTile.of(self.config.head_tile, row_tile, s_q, h_q, args.h_kv)
+        work = Work.of(args.items, args.part_begin, part)
+        if warp_idx < SCORE_WARPS:
+            cute.arch.setmaxregister_increase(self.config.score_registers)
+            if work.count > 0:
+                self.score(args, smem, bars, work, rows)
+        else:
+            cute.arch.setmaxregister_decrease(self.config.value_registers)
+            if work.count > 0:
+                if warp_idx < REFILL_WARP:
+                    self.value(0, args, smem, bars, work, rows)
+                else:
+                    self.value(1, args, smem, bars, work, rows)
+
+    def _query_load(self, operand, rows, sDst, full):
+        source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
+        lanes = self.config.lane_arrivals
+        return TmaLoad.make(operand.atom, source, sDst, full, self.config.row_modes, every_lane=lanes)
+
+    def _cache_load(self, operand, rows, sDst, full):
+        source = operand.tensor[None, None, None, rows.kv_head, None]
+        return TmaLoad.make(operand.atom, source, sDst, full, hint=EVICT_FIRST, every_lane=self.config.lane_arrivals)
+
+    # ------------------------------------------------------------------ role SCORE
+    @cute.jit
+    def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
+        config = self.config
+        x, softmax = ScoreTiles.make(config, smem), OnlineSoftmax.make(args.scale_log2, config.lazy_rescale)
+        loads = ScoreLoads(
+            self._cache_load(args.rope, rows, smem.rope, bars.rope_full),
+            self._query_load(args.q_tail, rows, smem.q_tail, bars.q_tail_full),
+            args.block_table,
+            uniform(cute.arch.warp_idx()),
+        )
+        pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
+        batch = work.records[0, 0]
+        pages = load_pages(args.block_table, batch, work.records[0, 1], work.records[0, 2])
+        if loads.warp_idx == 0:
+            loads.rope.start(lane_value(pages, 0), 0)
+            loads.q_tail.start(batch, 0)
+        for it in cutlass.range(work.count, unroll=1):
+            cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
+            item = WorkItem.read(smem.item[None, it & 1])
+            self._load_q(x, smem, bars, pos.stage)
+            pos = pos.next(config.stages)
+            exists = it + 1 < work.count
+            record = work.records[it + 1 if exists else it, cute.arch.lane_idx() % RECORD]
+            mask = Mask(rows, item.seqlen, config.causal)
+            lowest = mask.limit(0)
+            softmax.reset()
+            cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
+
+            self._issue_qk(x, bars, pos, parity)  # first tile: no S1, S3
+            self._await_qk(bars, False)
+            # (not while wgmma is in flight: ptxas then gives up uniform descriptors)
+            next_batch, next_first, next_end = (lane_value(record, i) for i in range(3))
+            ahead = Ahead(exists, next_batch, load_pages(args.block_table, next_batch, next_first, next_end))
+            pos = pos.next(config.stages)
+            pages = self._request_rope(loads, item, ahead, item.first, pages)
+            for tile in cutlass.range(item.first, item.end - 1, unroll=1):
+                mask.apply(x.rS, tile, lowest)  # S1
+                softmax.step(x.rS, x.rP)
+                self._pin_softmax(softmax, smem)
+                self._issue_qk(x, bars, pos, parity ^ 1)  # S2
+                self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
+                self._publish_p(bars)
+                self._await_qk(bars, True)  # S4
+                pos = pos.next(config.stages)
+                pages = self._request_rope(loads, item, ahead, tile + 1, pages)  # S5
+                parity ^= 1
+            mask.apply(x.rS, item.end - 1, lowest)  # last tile: no S2, S4, S5
+            softmax.step(x.rS, x.rP)
+            inv_sum = softmax.finalize()
+            self._store_p(x.rP, softmax.rescale, smem, bars, parity)
+            self._store_rows(inv_sum, smem.inv_sum[None, it & 1])
+            self._publish_p(bars)
+            arrive(bars.pv_go, config.lane_arrivals)
+            parity ^= 1
+            self._store_lse(softmax, args.result, item, rows)
+
+    @cute.jit
+    def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
+        """q slot -> registers, and hand the slot back"""
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), element_type(self.config))
+        tid, _, _ = cute.arch.thread_idx()
+        copy = cute.make_tiled_copy_A(atom, cute.make_tiled_mma(mma_qk(self.config, RMEM))).get_slice(tid)
+        for j in cutlass.range_constexpr(Q_BLOCKS):
+            cute.copy(atom, copy.partition_S(column_blocks(smem.ring)[None, None, j, stage]), copy.retile(x.rQ[j]))
+        cute.arch.sync_warp()
+        arrive(bars.slot_empty + stage, self.config.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
+
+    @cute.jit
+    def _pin_softmax(self, softmax: OnlineSoftmax, smem: Smem):
+        """A store that needs every exp2 of the tile stays before S2's mbarrier wait; arithmetic does not: without it ptxas
+        sinks 17 of the 34 exp2 below the HGMMAs of S2, which makes p late in S3, and spills 4 bytes."""
+        smem.anchor[thread_in_warpgroup()] = softmax.row_sum[0] + softmax.row_sum[1]
+
+    @cute.jit
+    def _issue_qk(self, x: ScoreTiles, bars: Barriers, pos: RingPos, rope_parity: Int32):
+        """S2, in two commit groups: the end of the first one is the cue for p v"""
+        ss, rs = cute.make_mma_atom(mma_qk(self.config, SMEM)), cute.make_mma_atom(mma_qk(self.config, RMEM))
+        rs.set(warpgroup.Field.ACCUMULATE, True)
+        ss.set(warpgroup.Field.ACCUMULATE, False)
+        cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
+        warpgroup.fence()
+        stage = pos.stage
+        for k in cutlass.range_constexpr(STEPS):
+            cute.gemm(ss, x.rS, x.tQ[None, None, k], x.tK[None, None, Q_BLOCKS * STEPS + k, stage], x.rS)
+            ss.set(warpgroup.Field.ACCUMULATE, True)
+        for k in cutlass.range_constexpr(Q_BLOCKS * STEPS):
+            if const_expr(k % STEPS == 0):
+                stage = opaque(stage)  # else LLVM forms all descriptors up front: > 63 uniform registers, R2UR, spills
+            cute.gemm(rs, x.rS, x.rQ[k // STEPS][None, None, k % STEPS], x.tK[None, None, k, stage], x.rS)
+            if const_expr(k + 1 == GROUP_A):
+                warpgroup.commit_group()
+        cute.arch.mbarrier_wait(bars.rope_full, rope_parity)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(STEPS):
+            cute.gemm(ss, x.rS, x.tQ[None, None, STEPS + k], x.tRope[None, None, k], x.rS)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def _await_qk(self, bars: Barriers, p_pending: Constexpr[bool]):
+        if const_expr(p_pending):
+            warpgroup.wait_group(1)
+            arrive(bars.pv_go, self.config.lane_arrivals)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _store_p(self, rP, rRescale, smem: Smem, bars: Barriers, parity: Int32):
+        tid = thread_in_warpgroup()
+        cute.arch.mbarrier_wait(bars.p_empty, parity ^ 1)  # passes at once for the very first tile
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), element_type(self.config))
+        copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(mma_qk(self.config, SMEM))).get_slice(tid)
+        cute.copy(atom, copy.retile(rP), copy.partition_D(smem.p))
+        self._store_rows(rRescale, smem.rescale)  # (before p: 32 bytes of spills)
+
+    @cute.jit
+    def _store_rows(self, rRows, sRows):
+        tid = thread_in_warpgroup()
+        if tid % 4 == 0:
+            for r in cutlass.range_constexpr(2):
+                sRows[fragment_row(tid) + 8 * r] = rRows[r]
+
+    @cute.jit
+    def _publish_p(self, bars: Barriers):
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        arrive(bars.p_full, self.config.lane_arrivals)
+
+    @cute.jit
+    def _request_rope(self, loads: ScoreLoads, item: WorkItem, ahead: Ahead, tile: Int32, pages: Int32) -> Int32:
+        """S5: q k^T of `tile` is complete in this warp.  Once it is in all four, warp 0 requests rope tile + 1, or after
+        the last tile the next item's first rope tile and q tail.  Returns the per-lane pages to go on with."""
+        if loads.warp_idx == 0:
+            cute.arch.barrier(barrier_id=NamedBarrier.ROPE, number_of_threads=32 * SCORE_WARPS)
+            inside = tile + 1 < item.end
+            page = lane_value(pages if inside else ahead.pages, tile + 1 - item.first if inside else 0)
+            if inside | ahead.exists:
+                loads.rope.start(page, 0)
+                if inside:
+                    if (tile + 2 - item.first) % 32 == 0:
+                        pages = load_pages(loads.block_table, item.batch, tile + 2, item.end)
+                else:
+                    loads.q_tail.start(ahead.batch, 0)
+                    pages = ahead.pages
+        else:
+            cute.arch.barrier_arrive(barrier_id=NamedBarrier.ROPE, number_of_threads=32 * SCORE_WARPS)
+        return pages
+
+    @cute.jit
+    def _store_lse(self, softmax: OnlineSoftmax, result: Outputs, item: WorkItem, rows: RowTile):
+        tid = thread_in_warpgroup()
+        if tid % 4 == 0:
+            for r in cutlass.range_constexpr(2):
+                token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
+                if exists:
+                    v = softmax.lse(r)
+                    if item.slot < 0:
+                        result.lse[item.batch, head, token] = v
+                    else:
+                        result.lse_split[item.slot, token, head] = v
+
+    # ------------------------------------------------------------------ roles VALUE_LEFT (half 0) and VALUE_RIGHT (half 1)
+    @cute.jit
+    def value(self, half: Constexpr[int], args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
+        config, columns = self.config, self.config.kv.latent // 2
+        mma = cute.make_tiled_mma(mma_pv(config))
+        w = mma.get_slice(0)
+        # v = latent^T: the same memory read as (column, token)
+        transposed = cute.make_ordered_layout((config.kv.latent, TILE, config.stages), order=(1, 0, 2))
+        sV = cute.local_tile(cute.composition(smem.ring, transposed), (columns, TILE, config.stages), (half, 0, 0))
+        tV, tP = w.make_fragment_B(w.partition_B(sV)), w.make_fragment_A(w.partition_A(smem.p))
+        rO = cute.make_rmem_tensor(mma.partition_shape_C((TILE, columns)), Float32)
+        warp_idx = uniform(cute.arch.warp_idx())
+        row = fragment_row(thread_in_warpgroup())
+        refill, cursor = None, None
+        if const_expr(half == REFILL_HALF):
+            refill = Refill(
+                self._query_load(args.q, rows, smem.ring, bars.slot_full),
+                self._cache_load(args.latent, rows, smem.ring, bars.slot_full),
+                args.block_table,
+                work,
+                smem.item,
+                bars.slot_empty,
+            )
+            cursor = refill.start()
+            if warp_idx == REFILL_WARP:
+                for stage in cutlass.range(config.stages, unroll=1):
+                    cursor = refill.request(cursor, stage)
+                cursor = refill.wait_and_request(cursor, RingPos(Int32(0), Int32(0)))  # the first q slot
+        pos, parity = RingPos(Int32(1), Int32(0)), Int32(0)
+        for it in cutlass.range(work.count, unroll=1):
+            rO.fill(0.0)
+            cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
+            item = WorkItem.read(smem.item[None, it & 1])
+            for tile in cutlass.range(item.first, item.end, unroll=1):
+                cute.arch.mbarrier_wait(bars.p_full, parity)  # V1
+                self._rescale(rO, smem.rescale[row], smem.rescale[row + 8])
+                if tile * TILE + TILE > item.seqlen:
+                    self._zero_tail(half, smem.ring, pos.stage, item.seqlen - tile * TILE)
+                cute.arch.mbarrier_wait(bars.pv_go, parity)  # V2
+                self._accumulate(rO, tP, tV[None, None, None, pos.stage])
+                arrive(bars.p_empty, config.lane_arrivals)  # V3
+                arrive(bars.slot_empty + pos.stage, config.lane_arrivals)
+                if const_expr(half == REFILL_HALF):  # V4
+                    if warp_idx == REFILL_WARP:
+                        cursor = refill.wait_and_request(cursor, pos)
+                pos = pos.next(config.stages)
+                parity ^= 1
+            if const_expr(half == REFILL_HALF):  # V4, the next item's q slot
+                if warp_idx == REFILL_WARP:
+                    if it + 1 < work.count:
+                        cursor = refill.wait_and_request(cursor, pos)
+            pos = pos.next(config.stages)
+            inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
+            if item.slot < 0:
+                store_final(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+            else:
+                store_split(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
+
+    @cute.jit
+    def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
+        if cute.arch.vote_any_sync(rescale0 * rescale1 != 1.0):  # rare: row_max is lazy
+            for i in cutlass.range_constexpr(cute.size(rO)):
+                rO[i] = rO[i] * (rescale1 if const_expr(i // 2 % 2 == 1) else rescale0)
+
+    @cute.jit
+    def _accumulate(self, rO, tP, tV):
+        mma = cute.make_mma_atom(mma_pv(self.config))
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(STEPS):
+            cute.gemm(mma, rO, tP[None, None, k], tV[None, None, k], rO)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _zero_tail(self, half: Constexpr[int], sRing, stage: Int32, valid: Int32):
+        """zero the token rows >= valid of my 256 columns: a stale NaN there would survive the product with p = 0"""
+        rZero = cute.make_rmem_tensor(8, element_type(self.config))
+        rZero.fill(0.0)
+        tid = thread_in_warpgroup()
+        row, block, chunk = tid // 16, half * 4 + tid % 16 // 8, tid % 8
+        sBlocks = column_blocks(sRing)  # (sliced by stage first: +48 instructions, 8 branches)
+        for j in cutlass.range_constexpr(TILE // 8):  # (unrolled: a loop costs uniform registers)
+            if 8 * j + row >= valid:
+                for k in cutlass.range_constexpr(2):
+                    sRow = sBlocks[8 * j + row, None, block + 2 * k, stage]
+                    cute.autovec_copy(rZero, cute.local_tile(sRow, (8,), (chunk,)))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=NamedBarrier.ZERO_LEFT + half, number_of_threads=128)
+
+
+# ---------------------------------------------------------------------- compile-time signature
+def fake_args(config: MLAConfig):
+    """Symbolic arguments of `DenseDecode.__call__` before the scale and the stream: the ABI, for JIT, export and tests."""
+    from cutlass.cute.runtime import make_fake_tensor
+
+    dtype, kv = element_type(config), config.kv
+    b, s_q, h_q = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: 16 bytes, what TMA and stores need
+    tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
+    return (
+        tensor(dtype, (b, s_q, h_q, kv.head_dim), (wide(), wide(), wide(), 1), 16),
+        tensor(dtype, (cute.sym_int(), config.page, cute.sym_int(), kv.head_dim), (wide(), wide(), wide(), 1), 16),
+        tensor(Int32, (b, cute.sym_int()), (wide(1), 1), 4),
+        tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
+        tensor(Int32, (cute.sym_int(),), (1,), 4),
+        Outputs(
+            tensor(dtype, (b, s_q, h_q, kv.latent), (wide(), wide(), wide(), 1), 16),
+            tensor(Float32, (b, h_q, s_q), (wide(1), wide(1), wide(1)), 4),
+            tensor(Float32, (cute.sym_int(), s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16),
+            tensor(Float32, (cute.sym_int(), s_q, h_q), (wide(1), wide(1), 1), 4),
+        ),
+    )

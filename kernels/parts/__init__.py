@@ -1,0 +1,1 @@
+"""Building blocks of the kernels; none knows a kernel.  ptx <- tiles, sync, work, rows <- loads, mask, softmax, store."""

@@ -1,0 +1,40 @@
+"""A warpgroup's 64 x 256 half of o -> gmem.  Rows that do not exist are not stored."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+
+from .tiles import element, fragment_row, thread_in_warpgroup
+
+
+@cute.jit
+def store_final(half: Constexpr[int], rO, inv_sum, gO, rows):
+    """gO (token, head, column), 16 bit.  A 4x4 transpose of element pairs in each quad, then 16-byte stores: a quad writes 64
+    contiguous bytes (element pairs stored as they lie would be 4-byte stores, +13 us at batch 1)."""
+    tid = thread_in_warpgroup()
+    odd, high = (tid & 1) == 1, (tid & 2) == 2
+    for r in cutlass.range_constexpr(2):
+        token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
+        for g in cutlass.range_constexpr(8):
+            rOut = cute.make_rmem_tensor(8, gO.element_type)
+            for i in cutlass.range_constexpr(8):
+                rOut[i] = (rO[element(r, 8 * g + i)] * inv_sum[r]).to(gO.element_type)
+            v = cute.recast_tensor(rOut, Int32)
+            for lo, hi, bit, off in ((0, 1, odd, 1), (2, 3, odd, 1), (0, 2, high, 2), (1, 3, high, 2)):
+                got = cute.arch.shuffle_sync_bfly(v[lo] if bit else v[hi], offset=off)
+                v[lo], v[hi] = (got if bit else v[lo]), (v[hi] if bit else got)
+            if exists:
+                cute.autovec_copy(rOut, cute.local_tile(gO[token, head, None], (8,), (half * 32 + g * 4 + tid % 4,)))
+
+
+@cute.jit
+def store_split(half: Constexpr[int], rO, inv_sum, gO, rows):
+    """gO (token, head, column), f32: 8-byte stores (32 contiguous bytes a quad)"""
+    tid = thread_in_warpgroup()
+    for r in cutlass.range_constexpr(2):
+        token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
+        if exists:
+            for i in cutlass.range_constexpr(32):
+                v = cute.make_rmem_tensor(2, gO.element_type)
+                v[0], v[1] = rO[element(r, 2 * i)] * inv_sum[r], rO[element(r, 2 * i + 1)] * inv_sum[r]
+                cute.autovec_copy(v, cute.local_tile(gO[token, head, None], (2,), (half * 128 + i * 4 + tid % 4,)))
