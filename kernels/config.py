@@ -83,21 +83,19 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The cost model of the schedule, measured on an H100 (perf/NOTES.md); integers, so that device and twin agree exactly.
-
-    A CTA pays `item_tiles` for each item beside its tiles (q in, o out); a split piece costs `piece_ns` for each row tile
-    (128 KB of fp32 partials written and read again, all of it through the L2 that the CTAs share).
+    """The cost model of the schedule, fitted on an H100 (perf/NOTES.md), in integers so that the device and its Python twin
+    (flashmla_cute/schedule.py) agree exactly.  The unit of time is what one split piece costs for one row tile: its 128 KB of
+    fp32 partials are written and read again, through the L2 that all CTAs share.
     """
 
-    item_tiles: int = 3
-    tile_ns: int = 1450
-    piece_ns: int = 70
-    max_batch: int = 16384  # prefix sums live in shared memory, 8 bytes a request
+    item_tiles: int = 3  # what an item costs beside its tiles, in tiles: q in, o out
+    tile_cost: int = 20  # a KV tile, in pieces
+    max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
     @property
     def name(self) -> str:
-        return "schedule"
+        return f"schedule_{self.item_tiles}_{self.tile_cost}"
 
 
 # What the CPU tests compile and gate; the first is the one most callers get.

@@ -1,0 +1,64 @@
+"""How the KV tiles of a batch are cut into one contiguous span per CTA: integer maths, run by schedule.py on the device and by
+the tests on the CPU.  flashmla_cute/schedule.py is the same in plain Python.
+
+Request r costs weight[r] = tiles[r] + item_tiles, or 0 without tokens; C is their exclusive prefix sum, C[b] = total.  With
+n parts, cut p lies at x = p * total / n on that line: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that
+would leave a piece shorter than `snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+
+NUM_CANDIDATES = 32  # one per warp
+
+
+@cute.jit
+def upper_bound(prefix: cute.Tensor, count: Int32, x: Int32) -> Int32:
+    """number of entries among prefix[0 .. count) that are <= x; prefix ascends"""
+    low, high = Int32(0), count
+    while low < high:
+        middle = (low + high) // 2
+        if prefix[middle] <= x:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def candidate(i: Int32, max_parts: Int32, total: Int32) -> Int32:
+    """the i-th number of parts to try: the 16 largest, then 16 steps down to a few.  At most one part per tile of cost, so that
+    no two cuts are equal."""
+    parts = max_parts - i
+    if i >= NUM_CANDIDATES // 2:
+        parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
+    return cutlass.max(cutlass.min(parts, total), 1)
+
+
+@cute.jit
+def cut(prefix: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: Constexpr[int]):
+    """cut p of 0 .. parts -> (request, tile); tile 0: before the request"""
+    total = prefix[batch]
+    request, tile = batch, Int32(0)
+    if p < parts:
+        x = total // parts * p + total % parts * p // parts
+        request = upper_bound(prefix, batch, x) - 1
+        num_tiles = prefix[request + 1] - prefix[request] - item_tiles
+        tile = x - prefix[request] - item_tiles
+        snap = cutlass.max(cutlass.min(total // parts // 8, item_tiles), 1)
+        if num_tiles - tile < snap:
+            request, tile = request + 1, Int32(0)
+        elif tile < snap:
+            tile = Int32(0)
+    if (p == 0) | (total == 0):
+        request, tile = Int32(0), Int32(0)
+    return request, tile
+
+
+@cute.jit
+def load_of(prefix: cute.Tensor, request: Int32, tile: Int32, next_request: Int32, next_tile: Int32, item_tiles: Constexpr[int]):
+    """cost in tiles of the part between two cuts"""
+    begin = prefix[request] + (tile + item_tiles if tile > 0 else 0)
+    end = prefix[next_request] + (next_tile + item_tiles if next_tile > 0 else 0)
+    return end - begin + (item_tiles if tile > 0 else 0)

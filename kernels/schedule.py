@@ -1,0 +1,265 @@
+"""Schedule: request lengths -> one contiguous span of work per CTA, on the device.  One CTA, once a step, for all layers.
+
+No host sync, a fixed grid, every buffer of a fixed size: a CUDA graph replays it with other lengths.  The steps, each over
+threads, a barrier between them (parts/spans.py has the maths of a cut):
+  1  prefix sums over the requests: cost C, and the number that have tokens
+  2  warp i tries one number of parts: cost = longest part * tile_cost + split pieces * row tiles; the cheapest wins
+  3  thread p finds cut p; a prefix sum over the cuts inside a request numbers the pieces
+  4  thread r writes request r's first item, thread p the item that begins at cut p
+  5  requests to merge (split, or without tokens: their out and lse are written there) are listed for kernels/combine.py
+
+A split piece has a slot for its partial result.  Cut p = 1 .. parts - 1 inside a request owns slots 2p - 2 and 2p - 1: the
+request's first piece ends at its first cut and takes 2p - 2; every piece that begins at a cut takes 2p - 1.  So piece i of a
+request whose first slot is s lies in slot s + max(0, 2i - 1), and 2 * parts - 2 slots are enough.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.memory import SmemAllocator
+
+from .config import TILE, ScheduleConfig
+from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, upper_bound
+from .parts.work import MERGE, RECORD
+
+
+@dataclass(frozen=True)
+class Args:
+    """all that crosses to the device"""
+
+    cache_seqlens: cute.Tensor  # (request,)
+    items: cute.Tensor  # out, (request + part, RECORD)
+    part_begin: cute.Tensor  # out, (part + 1,)
+    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0, 0] is their number
+    row_tiles: Int32
+    max_tiles: Int32  # longer lengths are cut to what the block table can name
+
+
+@dataclass(frozen=True)
+class Smem:
+    prefix: cute.Tensor  # (request + 1,) cost before the request
+    filled: cute.Tensor  # (request + 1,) requests with tokens before it
+    cut_request: cute.Tensor  # (part + 1,)
+    cut_tile: cute.Tensor  # (part + 1,)
+    inside: cute.Tensor  # (part + 1,) cuts inside a request before it
+    cost: cute.Tensor  # (candidate,)
+    warp_sum: cute.Tensor  # (warp,)
+
+
+class BuildSchedule:
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        cache_seqlens: cute.Tensor,
+        items: cute.Tensor,
+        part_begin: cute.Tensor,
+        merges: cute.Tensor,
+        row_tiles: Int32,
+        max_tiles: Int32,
+        stream,
+    ):
+        args = Args(cache_seqlens, items, part_begin, merges, row_tiles, max_tiles)
+        self.kernel(args).launch(
+            grid=[1, 1, 1],
+            block=[self.config.num_threads, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(self, args: Args):
+        smem = self._allocate()
+        cute.arch.griddepcontrol_wait()
+        self._prefix_sums(args, smem)
+        parts = self._choose_parts(args, smem)
+        self._cuts(args, smem, parts)
+        # the decode kernel waits for this grid's end, not for this trigger: it only lets its prologue start
+        cute.arch.griddepcontrol_launch_dependents()
+        self._items(args, smem, parts)
+        self._merges(args, smem, parts)
+
+    def _allocate(self):
+        config, num_cuts = self.config, self.config.num_threads
+
+        @cute.struct
+        class Storage:
+            prefix: cute.struct.MemRange[Int32, config.max_batch + 1]
+            filled: cute.struct.MemRange[Int32, config.max_batch + 1]
+            cut_request: cute.struct.MemRange[Int32, num_cuts]
+            cut_tile: cute.struct.MemRange[Int32, num_cuts]
+            inside: cute.struct.MemRange[Int32, num_cuts]
+            cost: cute.struct.MemRange[Int32, NUM_CANDIDATES]
+            warp_sum: cute.struct.MemRange[Int32, 32]
+
+        storage = SmemAllocator().allocate(Storage)
+        view = lambda field, n: field.get_tensor(cute.make_layout(n))
+        return Smem(
+            view(storage.prefix, config.max_batch + 1),
+            view(storage.filled, config.max_batch + 1),
+            view(storage.cut_request, num_cuts),
+            view(storage.cut_tile, num_cuts),
+            view(storage.inside, num_cuts),
+            view(storage.cost, NUM_CANDIDATES),
+            view(storage.warp_sum, 32),
+        )
+
+    # ------------------------------------------------------------------ steps
+    @cute.jit
+    def _scan(self, smem: Smem, value: Int32):
+        """inclusive prefix sum over the CTA's threads, and the total"""
+        tid, _, _ = cute.arch.thread_idx()
+        lane, warp = tid % 32, tid // 32
+        cute.arch.sync_threads()  # warp_sum of the scan before has been read
+        for step in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(value, 1 << step)
+            value += other if lane >= 1 << step else 0
+        if lane == 31:
+            smem.warp_sum[warp] = value
+        cute.arch.sync_threads()
+        sums = smem.warp_sum[lane]
+        before = cute.arch.warp_redux_sync(sums if lane < warp else Int32(0), "add")
+        return value + before, cute.arch.warp_redux_sync(sums, "add")
+
+    @cute.jit
+    def _num_tiles(self, args: Args, request: Int32):
+        length = Int32(0)
+        if request < args.cache_seqlens.shape[0]:
+            length = args.cache_seqlens[request]
+        return cutlass.min((cutlass.max(length, 0) + TILE - 1) // TILE, args.max_tiles)
+
+    @cute.jit
+    def _prefix_sums(self, args: Args, smem: Smem):
+        """1"""
+        tid, _, _ = cute.arch.thread_idx()
+        batch = args.cache_seqlens.shape[0]
+        cost, filled = Int32(0), Int32(0)
+        if tid == 0:
+            smem.prefix[0] = 0
+            smem.filled[0] = 0
+        for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
+            tiles = self._num_tiles(args, base + tid)
+            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles if tiles > 0 else Int32(0))
+            count, filled_sum = self._scan(smem, Int32(1) if tiles > 0 else Int32(0))
+            if base + tid < batch:
+                smem.prefix[base + tid + 1] = cost + weight
+                smem.filled[base + tid + 1] = filled + count
+            cost += cost_sum
+            filled += filled_sum
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def _choose_parts(self, args: Args, smem: Smem) -> Int32:
+        """2"""
+        tid, _, _ = cute.arch.thread_idx()
+        lane, warp = tid % 32, tid // 32
+        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.part_begin.shape[0] - 1, self.config.item_tiles
+        parts = candidate(warp, max_parts, smem.prefix[batch])
+        longest, pieces = Int32(0), Int32(0)
+        for p in cutlass.range(lane, parts, 32, unroll=1):
+            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
+            next_request, next_tile = cut(smem.prefix, batch, p + 1, parts, item_tiles)
+            longest = cutlass.max(longest, load_of(smem.prefix, request, tile, next_request, next_tile, item_tiles))
+            if tile > 0:
+                pieces += 1  # begins at a cut
+            if (next_tile > 0) & ((next_request != request) | (tile == 0)):
+                pieces += 1  # a request's first piece ends at the next cut
+        longest = cute.arch.warp_redux_sync(longest, "max")
+        pieces = cute.arch.warp_redux_sync(pieces, "add")
+        if lane == 0:
+            smem.cost[warp] = longest * self.config.tile_cost + pieces * args.row_tiles
+        cute.arch.sync_threads()
+        cost = smem.cost[lane]
+        least = cute.arch.warp_redux_sync(cost, "min")
+        best = cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
+        return candidate(best, max_parts, smem.prefix[batch])
+
+    @cute.jit
+    def _cuts(self, args: Args, smem: Smem, parts: Int32):
+        """3"""
+        p, _, _ = cute.arch.thread_idx()
+        batch = args.cache_seqlens.shape[0]
+        request, tile = cut(smem.prefix, batch, p, parts, self.config.item_tiles)
+        is_inside = Int32(1) if tile > 0 else Int32(0)
+        through, total = self._scan(smem, is_inside)
+        smem.cut_request[p] = request
+        smem.cut_tile[p] = tile
+        smem.inside[p] = through - is_inside
+        if p < args.part_begin.shape[0]:
+            args.part_begin[p] = smem.filled[request] + through
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def _items(self, args: Args, smem: Smem, parts: Int32):
+        """4"""
+        tid, _, _ = cute.arch.thread_idx()
+        batch = args.cache_seqlens.shape[0]
+        for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
+            tiles = self._num_tiles(args, request)
+            if tiles > 0:
+                p = self._first_cut_after(smem, request, parts)
+                is_split = smem.cut_request[p] == request
+                end, slot = smem.cut_tile[p] if is_split else tiles, 2 * p - 2 if is_split else Int32(-1)
+                self._write(args, smem.filled[request] + smem.inside[p], (request, Int32(0), end, slot))
+        if (tid > 0) & (tid < parts):
+            request, tile = smem.cut_request[tid], smem.cut_tile[tid]
+            if tile > 0:
+                ends_inside = smem.cut_request[tid + 1] == request
+                end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
+                self._write(args, smem.filled[request] + smem.inside[tid] + 1, (request, tile, end, 2 * tid - 1))
+
+    @cute.jit
+    def _first_cut_after(self, smem: Smem, request: Int32, parts: Int32) -> Int32:
+        """the first cut behind the beginning of `request`"""
+        p = upper_bound(smem.cut_request, parts, request - 1)
+        while (smem.cut_request[p] == request) & (smem.cut_tile[p] == 0):  # several cuts may have moved to one edge
+            p += 1
+        return p
+
+    @cute.jit
+    def _write(self, args: Args, item: Int32, record):
+        request, first, end, slot = record
+        length = cutlass.min(args.cache_seqlens[request], args.max_tiles * TILE)
+        for i, value in enumerate((request, first, end, slot, length, Int32(0), Int32(0), Int32(0))):
+            args.items[item, i] = value
+
+    @cute.jit
+    def _merges(self, args: Args, smem: Smem, parts: Int32):
+        """5"""
+        tid, _, _ = cute.arch.thread_idx()
+        batch, listed = args.cache_seqlens.shape[0], Int32(0)
+        for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
+            request, pieces, first_slot, wanted = base + tid, Int32(0), Int32(0), Int32(0)
+            if request < batch:
+                if smem.filled[request + 1] == smem.filled[request]:
+                    wanted = Int32(1)  # no tokens: zero pieces
+                else:
+                    p = self._first_cut_after(smem, request, parts)
+                    if smem.cut_request[p] == request:
+                        wanted, first_slot = Int32(1), 2 * p - 2
+                        pieces = upper_bound(smem.cut_request, parts, request) - p + 1
+            index, num = self._scan(smem, wanted)
+            if wanted > 0:
+                for i, value in enumerate((request, first_slot, pieces, Int32(0))):
+                    args.merges[listed + index, i] = value
+            listed += num
+        if tid == 0:
+            args.merges[0, 0] = listed
+
+
+def fake_args(config: ScheduleConfig):
+    """symbolic arguments of `BuildSchedule.__call__` before row_tiles, max_tiles and the stream"""
+    from cutlass.cute.runtime import make_fake_tensor
+
+    b = cute.sym_int()
+    tensor = lambda shape, stride, align: make_fake_tensor(Int32, shape, stride=stride, assumed_align=align)
+    return (
+        tensor((b,), (1,), 4),
+        tensor((cute.sym_int(), RECORD), (RECORD, 1), 32),
+        tensor((cute.sym_int(),), (1,), 4),
+        tensor((cute.sym_int(), MERGE), (MERGE, 1), 16),
+    )
