@@ -91,7 +91,9 @@ class Combine:
                 if piece < pieces:
                     slot = piece_slot(first_slot, piece)
                     rWeight[i] = args.lse_split[slot, token, head]
-                    cute.autovec_copy(cute.local_tile(args.o_split[slot, token, head, None], (VECTOR,), (column,)), rPiece[None, i])
+                    cute.autovec_copy(
+                        cute.local_tile(args.o_split[slot, token, head, None], (VECTOR,), (column,)), rPiece[None, i]
+                    )
             for i in cutlass.range_constexpr(IN_FLIGHT):
                 weight = cute.math.exp2(rWeight[i] * LOG2_E - scale, fastmath=True)
                 for j in cutlass.range_constexpr(VECTOR):

@@ -72,7 +72,9 @@ class MLAConfig:
 
         need(self.kv in FORMATS.values(), f"kv is {self.kv}; the table has {', '.join(FORMATS)}")
         need(self.page == TILE, f"page is {self.page}; allowed: {TILE}")
-        need(self.head_tile in (0, 1, 2, 4, 8, 16, 32, 64), f"head_tile is {self.head_tile}; allowed: 0 or a power of 2 up to 64")
+        need(
+            self.head_tile in (0, 1, 2, 4, 8, 16, 32, 64), f"head_tile is {self.head_tile}; allowed: 0 or a power of 2 up to 64"
+        )
         registers = self.score_registers + 2 * self.value_registers
         need(
             registers <= 3 * LAUNCH_REGISTERS,

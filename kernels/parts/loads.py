@@ -1,7 +1,6 @@
 """TMA operands and whole-warp requests of tiles."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -39,7 +38,7 @@ class TmaLoad:
     dst: cute.Tensor  # (box, slot)
     full: cute.Pointer  # mbarrier [slot]
     num_bytes: Constexpr[int]
-    hint: Constexpr[Optional[int]]
+    hint: Constexpr[int | None]
     every_lane: Constexpr[bool]
 
     @classmethod

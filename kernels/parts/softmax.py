@@ -1,4 +1,5 @@
 """Online softmax with a lazy reference maximum; log2 units."""
+
 import math
 from dataclasses import dataclass
 
@@ -8,16 +9,17 @@ from cutlass import Constexpr, Float32
 
 from .tiles import element
 
-M_INIT = -1e30              # finite: exp2(-inf - M_INIT) == 0, never NaN
+M_INIT = -1e30  # finite: exp2(-inf - M_INIT) == 0, never NaN
 LN2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
 class OnlineSoftmax:
     """state of the two rows of which a quad of threads owns a quarter each"""
+
     row_max: cute.Tensor
-    row_sum: cute.Tensor    # of this thread's columns, until finalize
-    rescale: cute.Tensor    # of the last step
+    row_sum: cute.Tensor  # of this thread's columns, until finalize
+    rescale: cute.Tensor  # of the last step
     scale_log2: Float32
     lazy: Constexpr[float]
 
@@ -32,7 +34,7 @@ class OnlineSoftmax:
     @cute.jit
     def step(self, rS, rP):
         for r in cutlass.range_constexpr(2):
-            m = [rS[element(r, 0)], rS[element(r, 1)]]                  # two chains: half the latency
+            m = [rS[element(r, 0)], rS[element(r, 1)]]  # two chains: half the latency
             for i in cutlass.range_constexpr(2, 16):
                 m[i % 2] = cute.arch.fmax(m[i % 2], rS[element(r, i)])
             x = cute.arch.fmax(m[0], m[1])

@@ -57,7 +57,9 @@ def cut(prefix: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: C
 
 
 @cute.jit
-def load_of(prefix: cute.Tensor, request: Int32, tile: Int32, next_request: Int32, next_tile: Int32, item_tiles: Constexpr[int]):
+def load_of(
+    prefix: cute.Tensor, request: Int32, tile: Int32, next_request: Int32, next_tile: Int32, item_tiles: Constexpr[int]
+):
     """cost in tiles of the part between two cuts"""
     begin = prefix[request] + (tile + item_tiles if tile > 0 else 0)
     end = prefix[next_request] + (next_tile + item_tiles if next_tile > 0 else 0)

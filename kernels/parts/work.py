@@ -35,5 +35,3 @@ class Work:
     def of(cls, mItems, mPartBegin, part):
         begin = uniform(mPartBegin[part])
         return cls(cute.domain_offset((begin, 0), mItems), uniform(mPartBegin[part + 1]) - begin)
-
-

@@ -1,0 +1,28 @@
+"""Shapes and card -> how the kernel is specialised and how many CTAs it gets.  Pure integers: no torch, no GPU."""
+
+from .kernels.parts.rows import num_row_tiles
+
+
+def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool) -> int:
+    """`MLAConfig.head_tile` for a query tensor [b, num_queries, num_heads, head_dim] (kernels/parts/rows.py).
+
+    mergeable: query token and head are one strided axis (stride(1) == num_heads * stride(2), or a single token).
+    One configuration, the flat one, serves every head count with one kv head; the others waste rows only where a group of
+    heads is not a power of two.
+    """
+    if num_kv_heads == 1 and (mergeable or num_queries == 1):
+        return 0
+    if num_queries == 1:
+        return 64
+    group = num_heads // num_kv_heads
+    return min(64, 1 << (group - 1).bit_length())
+
+
+def row_tiles(head_tile: int, num_queries: int, num_heads: int, num_kv_heads: int) -> int:
+    """64-row tiles of a request over all its kv heads"""
+    return num_row_tiles(head_tile, num_queries, num_heads, num_kv_heads)
+
+
+def max_parts(row_tiles: int, num_sms: int) -> int:
+    """Spans the batch may be cut into: one CTA on each SM, `row_tiles` of them sharing a span."""
+    return max(1, num_sms // row_tiles)

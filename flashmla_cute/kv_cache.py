@@ -1,0 +1,175 @@
+"""The paged KV cache: a pool of pages, each request's list of pages, each request's length."""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import checks, compile, ops
+from .checks import need
+from .kernels.config import TILE, MLAConfig
+
+
+class PagedKVCache:
+    """A pool of latent pages and the block table and lengths that say whose they are.  Holds references, never copies.
+
+    pool           [num_pages, page, num_kv_heads, latent + rope] bf16 or fp16; last axis contiguous, other strides multiples
+                   of 16 bytes (blocks may be padded, the pool may be a view into a larger one, beyond 2^31 elements)
+    block_table    [batch, max_pages] int32: page of the request's tokens 64 i .. 64 i + 63; entries past its length are never read
+    cache_seqlens  [batch] int32: tokens of each request, 0 allowed; may change between steps, on the device
+    """
+
+    def __init__(self, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor):
+        for name, tensor in (("pool", pool), ("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+            checks.is_tensor(name, tensor)
+        checks.has_dtype("pool", pool, *checks.DTYPES)
+        if pool.dim() == 3:  # engines keep one kv head without its axis
+            pool = pool.unsqueeze(2)
+        kv = checks.DTYPES[pool.dtype]
+        checks.has_shape("pool", pool, (None, TILE, None, kv.head_dim), "(pages, page, kv heads, latent + rope)")
+        need(pool.shape[0] > 0 and pool.shape[2] > 0, "pool.shape", tuple(pool.shape), "at least one page and one kv head")
+        checks.has_vector_strides("pool", pool)
+        checks.has_dtype("block_table", block_table, torch.int32)
+        checks.has_shape("block_table", block_table, (None, None), "(batch, pages of a request)")
+        need(block_table.shape[1] > 0, "block_table.shape", tuple(block_table.shape), "at least one page a request")
+        need(block_table.stride(1) == 1, "block_table.stride(1)", block_table.stride(1), "1")
+        checks.has_dtype("cache_seqlens", cache_seqlens, torch.int32)
+        checks.has_shape("cache_seqlens", cache_seqlens, (block_table.shape[0],), "one length for each row of block_table")
+        need(cache_seqlens.is_contiguous(), "cache_seqlens.stride()", cache_seqlens.stride(), "contiguous")
+        checks.on_device("block_table", block_table, pool.device, "pool")
+        checks.on_device("cache_seqlens", cache_seqlens, pool.device, "pool")
+        self.pool, self.block_table, self.cache_seqlens, self.format = pool, block_table, cache_seqlens, kv
+        self._free: list[int] | None = None  # page ids; only a cache that allocated its pool hands out pages
+        self._lengths: list[int] = []
+        self._pages: list[list[int]] = []
+
+    # ------------------------------------------------------------------ making one
+    @classmethod
+    def from_tensors(cls, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor) -> "PagedKVCache":
+        """A cache over the caller's tensors, without a copy; pool may also be [num_pages, page, latent + rope].
+
+        Raises TypeError or ValueError that names the tensor, what was given and what is allowed."""
+        return cls(pool, block_table, cache_seqlens)
+
+    @classmethod
+    def allocate(
+        cls,
+        num_pages: int,
+        batch: int,
+        max_seqlen: int,
+        *,
+        num_kv_heads: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> "PagedKVCache":
+        """An empty cache of `num_pages` pages of 64 tokens for up to `batch` requests of up to `max_seqlen` tokens each.
+
+        The pool is not cleared: slots past a request's length may hold anything, also NaN."""
+        need(dtype in checks.DTYPES, "dtype", dtype, " or ".join(map(str, checks.DTYPES)))
+        for name, value in dict(num_pages=num_pages, batch=batch, max_seqlen=max_seqlen, num_kv_heads=num_kv_heads).items():
+            need(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        head_dim, max_pages = checks.DTYPES[dtype].head_dim, -(-max_seqlen // TILE)
+        cache = cls(
+            torch.empty(num_pages, TILE, num_kv_heads, head_dim, dtype=dtype, device=device),
+            torch.full((batch, max_pages), -1, dtype=torch.int32, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+        cache._free = list(range(num_pages))[::-1]
+        cache._lengths, cache._pages = [0] * batch, [[] for _ in range(batch)]
+        return cache
+
+    # ------------------------------------------------------------------ shape
+    @property
+    def batch(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def page(self) -> int:
+        return self.pool.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.pool.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def capacity(self) -> int:
+        """tokens that a row of the block table can name"""
+        return self.block_table.shape[1] * self.page
+
+    # ------------------------------------------------------------------ writing
+    def append(self, latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes tokens into the pool, on the GPU, on torch's current stream.
+
+        latent  [n, latent] or [n, num_kv_heads, latent], rope [n, rope] or [n, num_kv_heads, rope], of the pool's dtype;
+        slots   [n] int64: page * 64 + row of each token; a negative or too large slot writes nothing.
+        Lengths and block table stay as they are: `extend` moves those of an allocated cache and returns the slots."""
+        checks.is_hopper("cache.pool", self.pool)
+        for name, tensor in (("latent", latent), ("rope", rope), ("slots", slots)):
+            checks.is_tensor(name, tensor)
+            checks.on_device(name, tensor, self.device, "the cache")
+        checks.has_dtype("slots", slots, torch.int64)
+        checks.has_shape("slots", slots, (None,), "(tokens,)")
+        need(slots.is_contiguous(), "slots.stride()", slots.stride(), "contiguous")
+        rows = []
+        for name, tensor, width in (("latent", latent, self.format.latent), ("rope", rope, self.format.rope)):
+            checks.has_dtype(name, tensor, self.pool.dtype)
+            tensor = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor
+            checks.has_shape(name, tensor, (slots.shape[0], self.num_kv_heads, width), f"(tokens, kv heads, {name} columns)")
+            checks.has_vector_strides(name, tensor)
+            rows.append(tensor)
+        if slots.shape[0] > 0:
+            compile.get(ops.AppendOp, MLAConfig(kv=self.format, causal=False))(*rows, slots, self.pool)
+
+    def extend(self, counts: Sequence[int]) -> torch.Tensor:
+        """Room for counts[i] more tokens of request i: takes pages from the pool, sets block table and lengths on the device,
+        and returns the new tokens' slots, request after request, [sum(counts)] int64.
+
+        Only for a cache made by `allocate`.  Raises ValueError when pages or table entries run out; nothing has then changed."""
+        self._need_allocator("extend")
+        need(len(counts) == self.batch, "len(counts)", len(counts), f"{self.batch}, one for each request")
+        need(all(isinstance(n, int) and n >= 0 for n in counts), "counts", list(counts), "integers >= 0")
+        after = [length + n for length, n in zip(self._lengths, counts)]
+        longest = max(after)
+        need(
+            longest <= self.capacity,
+            "counts",
+            f"{list(counts)}, which makes a request {longest} long",
+            f"up to {self.capacity}",
+        )
+        wanted = sum(-(-length // self.page) - len(pages) for length, pages in zip(after, self._pages))
+        need(
+            wanted <= len(self._free),
+            "counts",
+            f"{list(counts)}, which takes {wanted} pages",
+            f"up to {len(self._free)} free pages",
+        )
+        slots, rows, columns, new_pages = [], [], [], []
+        for request, (before, length, pages) in enumerate(zip(self._lengths, after, self._pages)):
+            while len(pages) * self.page < length:
+                rows.append(request)
+                columns.append(len(pages))
+                pages.append(self._free.pop())
+                new_pages.append(pages[-1])
+            slots += [pages[token // self.page] * self.page + token % self.page for token in range(before, length)]
+        self._lengths = after
+        if new_pages:
+            entries = torch.tensor([rows, columns, new_pages]).to(self.device)
+            self.block_table[entries[0], entries[1]] = entries[2].int()
+        self.cache_seqlens.copy_(torch.tensor(after, dtype=torch.int32))
+        return torch.tensor(slots, dtype=torch.int64).to(self.device)
+
+    def release(self, request: int) -> None:
+        """Gives request `request`'s pages back and makes its length 0.  Only for a cache made by `allocate`."""
+        self._need_allocator("release")
+        need(0 <= request < self.batch, "request", request, f"0 .. {self.batch - 1}")
+        self._free += self._pages[request][::-1]
+        self._pages[request], self._lengths[request] = [], 0
+        self.block_table[request] = -1
+        self.cache_seqlens[request] = 0
+
+    def _need_allocator(self, verb: str):
+        if self._free is None:
+            raise ValueError(f"{verb} needs a cache made by PagedKVCache.allocate; this one's pages belong to the caller")

@@ -1,0 +1,79 @@
+"""The compiled entry points: what one call launches, and the symbolic arguments it is compiled from."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream
+
+from .kernels import append, combine, dense_decode, schedule
+from .kernels.config import MLAConfig, ScheduleConfig
+
+
+def _stream():
+    return make_fake_stream(use_tvm_ffi_env_stream=True)  # torch's current stream, asked for at each call
+
+
+class DecodeOp:
+    """attention of one layer: the decode kernel and the merge of its partials; one call, two launches"""
+
+    name = "decode"
+
+    def __init__(self, config: MLAConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        cache: cute.Tensor,
+        block_table: cute.Tensor,
+        items: cute.Tensor,
+        part_begin: cute.Tensor,
+        merges: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        o_split: cute.Tensor,
+        lse_split: cute.Tensor,
+        softmax_scale: Float32,
+        max_ctas: Int32,
+        stream,
+    ):
+        result = dense_decode.Outputs(out, lse, o_split, lse_split)
+        dense_decode.DenseDecode(self.config)(q, cache, block_table, items, part_begin, result, softmax_scale, stream)
+        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, max_ctas, stream)
+
+    def fake_args(self):
+        *inputs, result = dense_decode.fake_args(self.config)
+        outputs = (result.o, result.lse, result.o_split, result.lse_split)
+        return (*inputs, combine.fake_merges(), *outputs, Float32(1), Int32(1), _stream())
+
+
+class ScheduleOp:
+    """lengths -> spans of work; once a step"""
+
+    name = "schedule"
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, cache_seqlens, items, part_begin, merges, row_tiles: Int32, max_tiles: Int32, stream):
+        schedule.BuildSchedule(self.config)(cache_seqlens, items, part_begin, merges, row_tiles, max_tiles, stream)
+
+    def fake_args(self):
+        return (*schedule.fake_args(self.config), Int32(1), Int32(1), _stream())
+
+
+class AppendOp:
+    """new tokens -> their slots of the cache"""
+
+    name = "append"
+
+    def __init__(self, config: MLAConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, latent, rope, slots, cache, stream):
+        append.Append(self.config)(latent, rope, slots, cache, stream)
+
+    def fake_args(self):
+        return (*append.fake_args(self.config), _stream())

@@ -1,0 +1,64 @@
+"""The plan of a step: which CTA works on which KV tiles, made on the device once a step and used by all layers."""
+
+import functools
+
+import torch
+
+from . import checks, compile, heuristics, ops
+from .checks import need
+from .kernels.config import TILE, ScheduleConfig
+from .kernels.parts.work import MERGE, RECORD
+from .kv_cache import PagedKVCache
+from .schedule import num_slots
+
+
+@functools.cache
+def num_sms(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+class DecodePlan:
+    """Schedule and workspace for decoding a batch with `num_heads` query heads and `num_queries` query tokens a request.
+
+    Built from the lengths that cache.cache_seqlens holds on the device when `update` runs (the constructor runs it once):
+    nothing is read on the host.  Call `update` when lengths have changed; under CUDA graphs, inside the capture, so that every
+    replay plans for the lengths of that step.  One plan serves all layers whose caches share that cache_seqlens tensor, on one
+    stream; its workspace (up to 256 KB for each SM) is overwritten by every call.
+    """
+
+    def __init__(self, cache: PagedKVCache, num_heads: int, num_queries: int = 1, *, config: ScheduleConfig = ScheduleConfig()):
+        if not isinstance(cache, PagedKVCache):
+            raise TypeError(f"cache is a {type(cache).__name__}; allowed: a PagedKVCache")
+        for name, value in (("num_heads", num_heads), ("num_queries", num_queries)):
+            need(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        need(
+            num_heads % cache.num_kv_heads == 0,
+            "num_heads",
+            num_heads,
+            f"a multiple of the cache's {cache.num_kv_heads} kv heads",
+        )
+        need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
+        checks.is_hopper("cache.pool", cache.pool)
+        self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
+        self.batch, self.num_heads, self.num_queries = cache.batch, num_heads, num_queries
+        self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
+        self.num_sms = num_sms(self.device.index)
+        head_tile = heuristics.choose_head_tile(num_queries, num_heads, cache.num_kv_heads, mergeable=True)
+        self.row_tiles = heuristics.row_tiles(head_tile, num_queries, num_heads, cache.num_kv_heads)
+        self.max_parts = heuristics.max_parts(self.row_tiles, self.num_sms)
+        int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
+        float32 = lambda *shape: torch.empty(shape, dtype=torch.float32, device=self.device)
+        self.items = int32(self.batch + self.max_parts, RECORD)
+        self.part_begin = int32(self.max_parts + 1)
+        self.merges = int32(1 + self.batch, MERGE)
+        slots = num_slots(self.max_parts)
+        self.o_split = float32(slots, num_queries, num_heads, cache.format.latent)
+        self.lse_split = float32(slots, num_queries, num_heads)
+        self._build = compile.get(ops.ScheduleOp, config)
+        self.update()
+
+    def update(self) -> None:
+        """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
+        if self.batch > 0:
+            max_tiles = self.capacity // TILE
+            self._build(self.cache_seqlens, self.items, self.part_begin, self.merges, self.row_tiles, max_tiles)

@@ -1,0 +1,87 @@
+"""What the kernel computes, in float64: the specification, and the oracle of every test."""
+
+import torch
+
+from .kernels.config import TILE
+from .schedule import Schedule
+
+
+def gather(pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
+    """the first `length` tokens of a request, [length, kv heads, head dim] float64"""
+    return pool[pages[: -(-length // TILE)].long()].flatten(0, 1)[:length].double()
+
+
+def scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool) -> torch.Tensor:
+    """q [s_q, h_q, d], k [tokens, h_kv, d] -> [h_kv, s_q, h_q / h_kv, tokens]; -inf where the query must not look"""
+    s_q, h_q, d = q.shape
+    tokens, h_kv, _ = k.shape
+    rows = q.double().reshape(s_q, h_kv, h_q // h_kv, d)
+    s = torch.einsum("sgnd,tgd->gsnt", rows, k) * softmax_scale
+    if causal:
+        limit = tokens - s_q + 1 + torch.arange(s_q, device=q.device)
+        s = s.masked_fill(torch.arange(tokens, device=q.device) >= limit[:, None, None], float("-inf"))
+    return s
+
+
+def softmax_times(s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s [h_kv, s_q, n, tokens], v [tokens, h_kv, latent] -> o [s_q, h_q, latent], lse [h_q, s_q]; no key: 0 and -inf"""
+    lse = torch.logsumexp(s, -1)
+    p = torch.exp(s - torch.where(lse.isinf(), torch.zeros_like(lse), lse)[..., None])
+    o = torch.einsum("gsnt,tgl->sgnl", p, v).flatten(1, 2)
+    return o, lse.permute(0, 2, 1).flatten(0, 1)
+
+
+def reference_decode(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: list[int],
+    softmax_scale: float,
+    causal: bool,
+    latent: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 attention.  q [b, s_q, h_q, d], pool [pages, 64, h_kv, d] -> out [b, s_q, h_q, latent], lse [b, h_q, s_q]."""
+    outs, lses = [], []
+    for i, length in enumerate(lengths):
+        k = gather(pool, block_table[i], length)
+        o, lse = softmax_times(scores(q[i], k, softmax_scale, causal), k[..., :latent])
+        outs.append(o)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def emulate_decode(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    block_table: torch.Tensor,
+    schedule: Schedule,
+    softmax_scale: float,
+    causal: bool,
+    latent: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The split and the merge as the device does them, item by item of `schedule`, in float64, on any device: shows that the
+    schedule covers every tile once and that splitting changes nothing but rounding."""
+    b, s_q, h_q, _ = q.shape
+    out = torch.full((b, s_q, h_q, latent), float("nan"), dtype=torch.float64, device=q.device)
+    lse = torch.full((b, h_q, s_q), float("nan"), dtype=torch.float64, device=q.device)
+    pieces = {}
+    for item in schedule.items:
+        k = gather(pool, block_table[item.batch], item.seqlen)
+        s = scores(q[item.batch], k, softmax_scale, causal)
+        span = slice(item.first * TILE, min(item.end * TILE, item.seqlen))
+        o, l = softmax_times(s[..., span], k[span, :, :latent])
+        if item.slot < 0:
+            out[item.batch], lse[item.batch] = o, l
+        else:
+            pieces[item.slot] = o, l
+    for merge in schedule.merges:
+        mine = [pieces.pop(slot) for slot in merge.slots()]
+        if not mine:
+            out[merge.batch], lse[merge.batch] = 0, float("-inf")
+            continue
+        o, l = torch.stack([o for o, _ in mine]), torch.stack([l for _, l in mine])
+        total = torch.logsumexp(l, 0)
+        weight = torch.exp(l - torch.where(total.isinf(), torch.zeros_like(total), total))
+        out[merge.batch], lse[merge.batch] = (weight.transpose(1, 2)[..., None] * o).sum(0), total
+    assert not pieces, f"partial results that nothing merges: slots {sorted(pieces)}"
+    return out, lse
