@@ -8,8 +8,6 @@ from .kernels.config import MLAConfig
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
 
-CTAS_PER_SM = 4  # of the combine kernel's fixed grid
-
 
 def mla_decode(
     q: torch.Tensor,
@@ -54,14 +52,14 @@ def mla_decode(
         cache.pool,
         cache.block_table,
         plan.items,
-        plan.part_begin,
+        plan.parts,
         plan.merges,
         out,
         lse,
         plan.o_split,
         plan.lse_split,
         scale,
-        CTAS_PER_SM * plan.num_sms,
+        plan.num_sms,
     )
     return out, lse
 

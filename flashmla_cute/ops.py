@@ -27,19 +27,19 @@ class DecodeOp:
         cache: cute.Tensor,
         block_table: cute.Tensor,
         items: cute.Tensor,
-        part_begin: cute.Tensor,
+        parts: cute.Tensor,
         merges: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
         o_split: cute.Tensor,
         lse_split: cute.Tensor,
         softmax_scale: Float32,
-        max_ctas: Int32,
+        num_sms: Int32,
         stream,
     ):
         result = dense_decode.Outputs(out, lse, o_split, lse_split)
-        dense_decode.DenseDecode(self.config)(q, cache, block_table, items, part_begin, result, softmax_scale, stream)
-        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, max_ctas, stream)
+        dense_decode.DenseDecode(self.config)(q, cache, block_table, items, parts, result, softmax_scale, stream)
+        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, num_sms, stream)
 
     def fake_args(self):
         *inputs, result = dense_decode.fake_args(self.config)
@@ -56,8 +56,8 @@ class ScheduleOp:
         self.config = config
 
     @cute.jit
-    def __call__(self, cache_seqlens, items, part_begin, merges, row_tiles: Int32, max_tiles: Int32, stream):
-        schedule.BuildSchedule(self.config)(cache_seqlens, items, part_begin, merges, row_tiles, max_tiles, stream)
+    def __call__(self, cache_seqlens, items, parts, merges, row_tiles: Int32, max_tiles: Int32, stream):
+        schedule.BuildSchedule(self.config)(cache_seqlens, items, parts, merges, row_tiles, max_tiles, stream)
 
     def fake_args(self):
         return (*schedule.fake_args(self.config), Int32(1), Int32(1), _stream())

@@ -49,7 +49,7 @@ class DecodePlan:
         int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
         float32 = lambda *shape: torch.empty(shape, dtype=torch.float32, device=self.device)
         self.items = int32(self.batch + self.max_parts, RECORD)
-        self.part_begin = int32(self.max_parts + 1)
+        self.parts = int32(self.max_parts, RECORD)
         self.merges = int32(1 + self.batch, MERGE)
         slots = num_slots(self.max_parts)
         self.o_split = float32(slots, num_queries, num_heads, cache.format.latent)
@@ -61,4 +61,4 @@ class DecodePlan:
         """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
         if self.batch > 0:
             max_tiles = self.capacity // TILE
-            self._build(self.cache_seqlens, self.items, self.part_begin, self.merges, self.row_tiles, max_tiles)
+            self._build(self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, max_tiles)

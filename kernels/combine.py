@@ -2,9 +2,10 @@
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
-One CTA of 256 threads per (request to merge, query token, head): thread = 4 columns, the two halves of the CTA take every other
-piece, 8 pieces of 16-byte loads in flight each.  A fixed grid walks the list that kernels/schedule.py wrote; a step without
-splits costs an empty launch, overlapped with the decode kernel's tail.
+A unit of work is 128 columns of one (request to merge, query token, head): 4 columns a lane, 4 pieces of 16-byte loads in
+flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch
+1) and thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py
+wrote; a step without splits costs an empty launch, overlapped with the decode kernel's tail.
 """
 
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from .config import MLAConfig
 from .parts.tiles import element_type
 from .parts.work import MERGE
 
-GROUPS = 2  # of threads, each with every GROUPS-th piece
-VECTOR = 4  # columns of a thread
-IN_FLIGHT = 8  # pieces a thread loads before it uses the first
+WARPS = 8  # of a CTA
+VECTOR = 4  # columns of a lane
+COLUMNS = 32 * VECTOR  # of a unit
+IN_FLIGHT = 4  # pieces a lane loads before it uses the first
 LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
+CTAS_PER_SM = 4  # all resident at once: the grid is at most this many for each SM
+LEAST = -1e30  # a maximum to start from; finite, so that -inf - LEAST is no NaN
 
 
 @dataclass(frozen=True)
@@ -35,99 +39,140 @@ class Args:
     lse: cute.Tensor  # (request, head, query token)
 
 
+@dataclass(frozen=True)
+class Unit:
+    exists: cutlass.Boolean
+    request: Int32
+    first_slot: Int32
+    pieces: Int32
+    token: Int32
+    head: Int32
+    chunk: Int32  # of COLUMNS columns
+
+
 class Combine:
     def __init__(self, config: MLAConfig):
         self.config = config
 
     @cute.jit
-    def __call__(self, o_split, lse_split, merges, o, lse, max_ctas: Int32, stream):
-        b, s_q, h_q, latent = o.shape
-        args = Args(o_split, lse_split, merges, o, lse)
-        self.kernel(args).launch(
-            grid=[cutlass.min(b * s_q * h_q, max_ctas), 1, 1],
-            block=[GROUPS * self.config.kv.latent // VECTOR, 1, 1],
+    def __call__(self, o_split, lse_split, merges, o, lse, num_sms: Int32, stream):
+        b, s_q, h_q, _ = o.shape
+        units = b * s_q * h_q * (self.config.kv.latent // COLUMNS)
+        self.kernel(Args(o_split, lse_split, merges, o, lse)).launch(
+            grid=[cutlass.min(units, CTAS_PER_SM * num_sms), 1, 1],
+            block=[32 * WARPS, 1, 1],
+            min_blocks_per_mp=CTAS_PER_SM,
+            preferred_smem_carveout=100,  # as the decode kernel has it: a change of the split drains the SM
             stream=stream,
             use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, args: Args):
-        sOther = self._allocate()
+        sPart = self._allocate()
         cta, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
         _, s_q, h_q, _ = args.o.shape
+        # The list was complete before the decode kernel let this one start: all that does not need its results goes first.
+        units = args.merges[0, 0] * s_q * h_q * (self.config.kv.latent // COLUMNS)
+        share = Int32(1)  # warps of a unit
+        while (share < WARPS) & (units * share * 2 <= num_ctas * WARPS):
+            share *= 2
+        warp = cute.arch.warp_idx()
+        per_cta = WARPS // share
+        unit = self._locate(args, cta * per_cta + warp // share, units)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        rows = s_q * h_q
-        for unit in cutlass.range(cta, args.merges[0, 0] * rows, num_ctas, unroll=1):
-            merge, row = 1 + unit // rows, unit % rows
-            self._merge_row(args, sOther, merge, row // h_q, row % h_q)
+        for base in cutlass.range(cta * per_cta, units, num_ctas * per_cta, unroll=1):
+            self._merge(args, sPart, unit, warp % share, share)
+            unit = self._locate(args, base + num_ctas * per_cta + warp // share, units)
 
     def _allocate(self):
-        threads = self.config.kv.latent // VECTOR
-
         @cute.struct
         class Storage:
-            other: cute.struct.Align[cute.struct.MemRange[Float32, threads * VECTOR], 16]
+            part: cute.struct.Align[cute.struct.MemRange[Float32, WARPS * COLUMNS], 16]
 
-        return SmemAllocator().allocate(Storage).other.get_tensor(cute.make_layout((VECTOR, threads)))
+        return SmemAllocator().allocate(Storage).part.get_tensor(cute.make_layout((VECTOR, 32, WARPS)))
 
     @cute.jit
-    def _merge_row(self, args: Args, sOther, merge: Int32, token: Int32, head: Int32):
-        tid, _, _ = cute.arch.thread_idx()
-        threads = self.config.kv.latent // VECTOR
-        group, column = tid // threads, tid % threads
-        request, first_slot, pieces = args.merges[merge, 0], args.merges[merge, 1], args.merges[merge, 2]
-        scale, lse = self._row_lse(args, first_slot, pieces, token, head)
+    def _locate(self, args: Args, index: Int32, units: Int32) -> Unit:
+        _, s_q, h_q, latent = args.o.shape
+        chunks = latent // COLUMNS
+        row, exists = index // chunks, index < units
+        merge = 1 + row // (s_q * h_q) if exists else 1
+        token, head = row // h_q % s_q, row % h_q
+        pieces = args.merges[merge, 2] if exists else 0
+        return Unit(exists, args.merges[merge, 0], args.merges[merge, 1], pieces, token, head, index % chunks)
+
+    @cute.jit
+    def _merge(self, args: Args, sPart, unit: Unit, rank: Int32, share: Int32):
+        """my pieces are rank, rank + share, ..; the warp of rank 0 adds up its neighbours and stores"""
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        column = unit.chunk * 32 + lane  # in vectors
         rO = cute.make_rmem_tensor(VECTOR, Float32)
         rO.fill(0.0)
-        for base in cutlass.range(group, pieces, GROUPS * IN_FLIGHT, unroll=1):
-            rPiece = cute.make_rmem_tensor((VECTOR, IN_FLIGHT), Float32)
-            rWeight = cute.make_rmem_tensor(IN_FLIGHT, Float32)
-            rPiece.fill(0.0)
-            rWeight.fill(-Float32.inf)
-            for i in cutlass.range_constexpr(IN_FLIGHT):
-                piece = base + GROUPS * i
-                if piece < pieces:
-                    slot = piece_slot(first_slot, piece)
-                    rWeight[i] = args.lse_split[slot, token, head]
-                    cute.autovec_copy(
-                        cute.local_tile(args.o_split[slot, token, head, None], (VECTOR,), (column,)), rPiece[None, i]
-                    )
-            for i in cutlass.range_constexpr(IN_FLIGHT):
-                weight = cute.math.exp2(rWeight[i] * LOG2_E - scale, fastmath=True)
-                for j in cutlass.range_constexpr(VECTOR):
-                    rO[j] = rO[j] + weight * rPiece[j, i]
-        if group == 1:
-            cute.autovec_copy(rO, sOther[None, column])
-        cute.arch.sync_threads()
-        if group == 0:
-            rOther = cute.make_rmem_tensor(VECTOR, Float32)
-            cute.autovec_copy(sOther[None, column], rOther)
+        rPiece, rWeight = self._load(args, unit, column, rank, share)  # in flight while the weights are summed
+        scale, lse = self._row_lse(args, unit)
+        self._add(rO, rPiece, rWeight, scale)
+        for base in cutlass.range(rank + share * IN_FLIGHT, unit.pieces, share * IN_FLIGHT, unroll=1):
+            rPiece, rWeight = self._load(args, unit, column, base, share)
+            self._add(rO, rPiece, rWeight, scale)
+        if share > 1:  # the same in all threads of the grid
+            cute.autovec_copy(rO, sPart[None, lane, warp])
+            cute.arch.sync_threads()
+            if rank == 0:
+                for other in cutlass.range(1, share, unroll=1):
+                    rOther = cute.make_rmem_tensor(VECTOR, Float32)
+                    cute.autovec_copy(sPart[None, lane, warp + other], rOther)
+                    for j in cutlass.range_constexpr(VECTOR):
+                        rO[j] = rO[j] + rOther[j]
+            cute.arch.sync_threads()  # sPart has been read
+        if unit.exists & (rank == 0):
             rOut = cute.make_rmem_tensor(VECTOR, element_type(self.config))
-            rOut.store((rO.load() + rOther.load()).to(element_type(self.config)))
-            cute.autovec_copy(rOut, cute.local_tile(args.o[request, token, head, None], (VECTOR,), (column,)))
-            if column == 0:
-                args.lse[request, head, token] = lse
-        cute.arch.sync_threads()  # sOther has been read
+            rOut.store(rO.load().to(element_type(self.config)))
+            gOut = args.o[unit.request, unit.token, unit.head, None]
+            cute.autovec_copy(rOut, cute.local_tile(gOut, (VECTOR,), (column,)))
+            if (lane == 0) & (unit.chunk == 0):
+                args.lse[unit.request, unit.head, unit.token] = lse
 
     @cute.jit
-    def _row_lse(self, args: Args, first_slot: Int32, pieces: Int32, token: Int32, head: Int32):
+    def _load(self, args: Args, unit: Unit, column: Int32, base: Int32, share: Int32):
+        """IN_FLIGHT pieces from `base` on, with their lse; weight 0 past the last"""
+        rPiece = cute.make_rmem_tensor((VECTOR, IN_FLIGHT), Float32)
+        rWeight = cute.make_rmem_tensor(IN_FLIGHT, Float32)
+        rPiece.fill(0.0)
+        rWeight.fill(-Float32.inf)
+        for i in cutlass.range_constexpr(IN_FLIGHT):
+            piece = base + share * i
+            if piece < unit.pieces:
+                slot = piece_slot(unit.first_slot, piece)
+                gPiece = args.o_split[slot, unit.token, unit.head, None]
+                cute.autovec_copy(cute.local_tile(gPiece, (VECTOR,), (column,)), rPiece[None, i])
+                rWeight[i] = args.lse_split[slot, unit.token, unit.head]
+        return rPiece, rWeight
+
+    @cute.jit
+    def _add(self, rO, rPiece, rWeight, scale: Float32):
+        for i in cutlass.range_constexpr(IN_FLIGHT):
+            weight = cute.math.exp2(rWeight[i] * LOG2_E - scale, fastmath=True)
+            for j in cutlass.range_constexpr(VECTOR):
+                rO[j] = rO[j] + weight * rPiece[j, i]
+
+    @cute.jit
+    def _row_lse(self, args: Args, unit: Unit):
         """log2 of the row's whole weight, by which a piece's exp2 is scaled, and its natural log; every warp for itself"""
         lane = cute.arch.lane_idx()
-        most = -Float32.inf
-        for piece in cutlass.range(lane, pieces, 32, unroll=1):
-            most = cute.arch.fmax(most, args.lse_split[piece_slot(first_slot, piece), token, head])
-        most = cute.arch.warp_reduction_max(most)
-        total = Float32(0.0)
-        for piece in cutlass.range(lane, pieces, 32, unroll=1):
-            weight = args.lse_split[piece_slot(first_slot, piece), token, head]
-            if weight > -Float32.inf:
-                total += cute.math.exp2((weight - most) * LOG2_E, fastmath=True)
-        total = cute.arch.warp_reduction_sum(total)
+        most, total = Float32(LEAST), Float32(0.0)
+        for piece in cutlass.range(lane, unit.pieces, 32, unroll=1):
+            weight = args.lse_split[piece_slot(unit.first_slot, piece), unit.token, unit.head] * LOG2_E
+            above = cute.arch.fmax(most, weight)
+            total = total * cute.math.exp2(most - above, fastmath=True) + cute.math.exp2(weight - above, fastmath=True)
+            most = above
+        above = cute.arch.warp_reduction_max(most)
+        total = cute.arch.warp_reduction_sum(total * cute.math.exp2(most - above, fastmath=True))
         scale, lse = Float32(0.0), -Float32.inf  # no key at all: weights exp2(-inf) = 0
         if total > 0.0:
-            scale = most * LOG2_E + cute.math.log2(total, fastmath=True)
+            scale = above + cute.math.log2(total, fastmath=True)
             lse = scale * LN2
         return scale, lse
 

@@ -95,7 +95,7 @@ class Args:
     rope: TmaOperand  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
     items: cute.Tensor  # (item, RECORD)
-    part_begin: cute.Tensor  # (part + 1,)
+    parts: cute.Tensor  # (part, RECORD)
     result: Outputs
     h_kv: Int32
     scale_log2: Float32
@@ -230,8 +230,8 @@ class Refill:
     slot_empty: cute.Pointer
 
     def start(self):
-        zero, record = Int32(0), self.work.records[0, cute.arch.lane_idx() % RECORD]
-        return Cursor(zero, Boolean(True), zero, zero, zero, zero, record, zero)
+        zero = Int32(0)
+        return Cursor(zero, Boolean(True), zero, zero, zero, zero, self.work.head, zero)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
@@ -323,7 +323,7 @@ class DenseDecode:
         cache: cute.Tensor,  # (page, token, kv head, 576)
         block_table: cute.Tensor,  # (request, tile) int32
         items: cute.Tensor,  # (item, RECORD) int32
-        part_begin: cute.Tensor,  # (part + 1,) int32
+        parts: cute.Tensor,  # (part, RECORD) int32
         result: Outputs,
         softmax_scale: Float32,
         stream,
@@ -338,14 +338,14 @@ class DenseDecode:
             rope=self._cache_operand(cache, latent, 1),
             block_table=block_table,
             items=items,
-            part_begin=part_begin,
+            parts=parts,
             result=result,
             h_kv=h_kv,
             scale_log2=softmax_scale * LOG2_E,
         )
         row_tiles = num_row_tiles(config.head_tile, s_q, h_q, h_kv)
         self.kernel(args).launch(
-            grid=[row_tiles, part_begin.shape[0] - 1, 1],
+            grid=[row_tiles, parts.shape[0], 1],
             block=[32 * (SCORE_WARPS + VALUE_WARPS), 1, 1],
             stream=stream,
             min_blocks_per_mp=1,  # without it setmaxnreg is ignored
@@ -385,7 +385,7 @@ class DenseDecode:
         row_tile, part, _ = cute.arch.block_idx()
         _, s_q, h_q, _ = args.result.o.shape
         rows = RowTile.of(self.config.head_tile, row_tile, s_q, h_q, args.h_kv)
-        work = Work.of(args.items, args.part_begin, part)
+        work = Work.of(args.items, args.parts, part)
         if warp_idx < SCORE_WARPS:
             cute.arch.setmaxregister_increase(self.config.score_registers)
             if work.count > 0:
@@ -419,8 +419,8 @@ class DenseDecode:
             uniform(cute.arch.warp_idx()),
         )
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
-        batch = work.records[0, 0]
-        pages = load_pages(args.block_table, batch, work.records[0, 1], work.records[0, 2])
+        batch, first, end = (lane_value(work.head, i) for i in range(3))
+        pages = load_pages(args.block_table, batch, first, end)
         if loads.warp_idx == 0:
             loads.rope.start(lane_value(pages, 0), 0)
             loads.q_tail.start(batch, 0)
@@ -672,7 +672,7 @@ def fake_args(config: MLAConfig):
         tensor(dtype, (cute.sym_int(), config.page, cute.sym_int(), kv.head_dim), (wide(), wide(), wide(), 1), 16),
         tensor(Int32, (b, cute.sym_int()), (wide(1), 1), 4),
         tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
-        tensor(Int32, (cute.sym_int(),), (1,), 4),
+        tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
         Outputs(
             tensor(dtype, (b, s_q, h_q, kv.latent), (wide(), wide(), wide(), 1), 16),
             tensor(Float32, (b, h_q, s_q), (wide(1), wide(1), wide(1)), 4),

@@ -5,7 +5,7 @@ threads, a barrier between them (parts/spans.py has the maths of a cut):
   1  prefix sums over the requests: cost C, and the number that have tokens
   2  warp i tries one number of parts: cost = longest part * tile_cost + split pieces * row tiles; the cheapest wins
   3  thread p finds cut p; a prefix sum over the cuts inside a request numbers the pieces
-  4  thread r writes request r's first item, thread p the item that begins at cut p
+  4  thread r writes request r's first item, thread p the item that begins at cut p, then part p's record
   5  requests to merge (split, or without tokens: their out and lse are written there) are listed for kernels/combine.py
 
 A split piece has a slot for its partial result.  Cut p = 1 .. parts - 1 inside a request owns slots 2p - 2 and 2p - 1: the
@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
 from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, upper_bound
-from .parts.work import MERGE, RECORD
+from .parts.work import BEGIN, COUNT, MERGE, RECORD
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Args:
 
     cache_seqlens: cute.Tensor  # (request,)
     items: cute.Tensor  # out, (request + part, RECORD)
-    part_begin: cute.Tensor  # out, (part + 1,)
+    parts: cute.Tensor  # out, (part, RECORD): the part's first item, where its items begin, and how many they are
     merges: cute.Tensor  # out, (1 + request, MERGE); merges[0, 0] is their number
     row_tiles: Int32
     max_tiles: Int32  # longer lengths are cut to what the block table can name
@@ -44,6 +44,7 @@ class Smem:
     cut_request: cute.Tensor  # (part + 1,)
     cut_tile: cute.Tensor  # (part + 1,)
     inside: cute.Tensor  # (part + 1,) cuts inside a request before it
+    begin: cute.Tensor  # (part + 1,) first item behind the cut
     cost: cute.Tensor  # (candidate,)
     warp_sum: cute.Tensor  # (warp,)
 
@@ -57,18 +58,19 @@ class BuildSchedule:
         self,
         cache_seqlens: cute.Tensor,
         items: cute.Tensor,
-        part_begin: cute.Tensor,
+        parts: cute.Tensor,
         merges: cute.Tensor,
         row_tiles: Int32,
         max_tiles: Int32,
         stream,
     ):
-        args = Args(cache_seqlens, items, part_begin, merges, row_tiles, max_tiles)
+        args = Args(cache_seqlens, items, parts, merges, row_tiles, max_tiles)
         self.kernel(args).launch(
             grid=[1, 1, 1],
             block=[self.config.num_threads, 1, 1],
             stream=stream,
             use_pdl=True,
+            preferred_smem_carveout=100,
         )
 
     @cute.kernel
@@ -81,6 +83,7 @@ class BuildSchedule:
         # the decode kernel waits for this grid's end, not for this trigger: it only lets its prologue start
         cute.arch.griddepcontrol_launch_dependents()
         self._items(args, smem, parts)
+        self._parts(args, smem)
         self._merges(args, smem, parts)
 
     def _allocate(self):
@@ -93,6 +96,7 @@ class BuildSchedule:
             cut_request: cute.struct.MemRange[Int32, num_cuts]
             cut_tile: cute.struct.MemRange[Int32, num_cuts]
             inside: cute.struct.MemRange[Int32, num_cuts]
+            begin: cute.struct.MemRange[Int32, num_cuts]
             cost: cute.struct.MemRange[Int32, NUM_CANDIDATES]
             warp_sum: cute.struct.MemRange[Int32, 32]
 
@@ -104,6 +108,7 @@ class BuildSchedule:
             view(storage.cut_request, num_cuts),
             view(storage.cut_tile, num_cuts),
             view(storage.inside, num_cuts),
+            view(storage.begin, num_cuts),
             view(storage.cost, NUM_CANDIDATES),
             view(storage.warp_sum, 32),
         )
@@ -157,7 +162,7 @@ class BuildSchedule:
         """2"""
         tid, _, _ = cute.arch.thread_idx()
         lane, warp = tid % 32, tid // 32
-        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.part_begin.shape[0] - 1, self.config.item_tiles
+        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.parts.shape[0], self.config.item_tiles
         parts = candidate(warp, max_parts, smem.prefix[batch])
         longest, pieces = Int32(0), Int32(0)
         for p in cutlass.range(lane, parts, 32, unroll=1):
@@ -189,8 +194,7 @@ class BuildSchedule:
         smem.cut_request[p] = request
         smem.cut_tile[p] = tile
         smem.inside[p] = through - is_inside
-        if p < args.part_begin.shape[0]:
-            args.part_begin[p] = smem.filled[request] + through
+        smem.begin[p] = smem.filled[request] + through
         cute.arch.sync_threads()
 
     @cute.jit
@@ -211,6 +215,19 @@ class BuildSchedule:
                 ends_inside = smem.cut_request[tid + 1] == request
                 end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
                 self._write(args, smem.filled[request] + smem.inside[tid] + 1, (request, tile, end, 2 * tid - 1))
+
+    @cute.jit
+    def _parts(self, args: Args, smem: Smem):
+        """4, once the items are there"""
+        p, _, _ = cute.arch.thread_idx()
+        cute.arch.sync_threads()
+        if p < args.parts.shape[0]:
+            begin, count = smem.begin[p], smem.begin[p + 1] - smem.begin[p]
+            if count > 0:
+                for i in cutlass.range_constexpr(BEGIN):
+                    args.parts[p, i] = args.items[begin, i]
+            args.parts[p, BEGIN] = begin
+            args.parts[p, COUNT] = count
 
     @cute.jit
     def _first_cut_after(self, smem: Smem, request: Int32, parts: Int32) -> Int32:
@@ -260,6 +277,6 @@ def fake_args(config: ScheduleConfig):
     return (
         tensor((b,), (1,), 4),
         tensor((cute.sym_int(), RECORD), (RECORD, 1), 32),
-        tensor((cute.sym_int(),), (1,), 4),
+        tensor((cute.sym_int(), RECORD), (RECORD, 1), 32),
         tensor((cute.sym_int(), MERGE), (MERGE, 1), 16),
     )
