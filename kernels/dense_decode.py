@@ -63,6 +63,7 @@ from .parts.work import RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
 Q_BLOCKS = 7  # column blocks of q in registers (0..447); block 7 and the rope block stay in smem
+OPEN_STEPS = 12
 GROUP_A = Q_BLOCKS * STEPS - 1  # register k-steps in S2's first commit group; pv_go is sent when it is done
 SCORE_WARPS, VALUE_WARPS = 4, 8
 REFILL_WARP, REFILL_HALF = 8, 1
@@ -436,7 +437,8 @@ class DenseDecode:
             softmax.reset()
             cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
 
-            self._issue_qk(x, bars, pos, parity)  # first tile: no S1, S3
+            self._open_qk(x, bars, pos)  # first tile: no S1, S3
+            self._close_qk(x, bars, pos, parity)
             self._await_qk(bars, False)
             # (not while wgmma is in flight: ptxas then gives up uniform descriptors)
             next_batch, next_first, next_end = (lane_value(record, i) for i in range(3))
@@ -447,10 +449,11 @@ class DenseDecode:
                 mask.apply(x.rS, tile, lowest)  # S1
                 softmax.step(x.rS, x.rP)
                 self._pin_softmax(softmax, smem)
-                self._issue_qk(x, bars, pos, parity ^ 1)  # S2
+                self._open_qk(x, bars, pos)  # S2
                 self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
                 self._publish_p(bars)
-                self._await_qk(bars, True)  # S4
+                self._close_qk(x, bars, pos, parity ^ 1)  # S4
+                self._await_qk(bars, True)
                 pos = pos.next(config.stages)
                 pages = self._request_rope(loads, item, ahead, tile + 1, pages)  # S5
                 parity ^= 1
@@ -482,28 +485,40 @@ class DenseDecode:
         smem.anchor[thread_in_warpgroup()] = softmax.row_sum[0] + softmax.row_sum[1]
 
     @cute.jit
-    def _issue_qk(self, x: ScoreTiles, bars: Barriers, pos: RingPos, rope_parity: Int32):
-        """S2, in two commit groups: the end of the first one is the cue for p v"""
-        ss, rs = cute.make_mma_atom(mma_qk(self.config, SMEM)), cute.make_mma_atom(mma_qk(self.config, RMEM))
-        rs.set(warpgroup.Field.ACCUMULATE, True)
+    def _open_qk(self, x: ScoreTiles, bars: Barriers, pos: RingPos):
+        """S2: the k-steps of q's column block 7, and the first of those in registers"""
+        ss = cute.make_mma_atom(mma_qk(self.config, SMEM))
         ss.set(warpgroup.Field.ACCUMULATE, False)
         cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
         warpgroup.fence()
-        stage = pos.stage
         for k in cutlass.range_constexpr(STEPS):
-            cute.gemm(ss, x.rS, x.tQ[None, None, k], x.tK[None, None, Q_BLOCKS * STEPS + k, stage], x.rS)
+            cute.gemm(ss, x.rS, x.tQ[None, None, k], x.tK[None, None, Q_BLOCKS * STEPS + k, pos.stage], x.rS)
             ss.set(warpgroup.Field.ACCUMULATE, True)
-        for k in cutlass.range_constexpr(Q_BLOCKS * STEPS):
-            if const_expr(k % STEPS == 0):
-                stage = opaque(stage)  # else LLVM forms all descriptors up front: > 63 uniform registers, R2UR, spills
-            cute.gemm(rs, x.rS, x.rQ[k // STEPS][None, None, k % STEPS], x.tK[None, None, k, stage], x.rS)
-            if const_expr(k + 1 == GROUP_A):
-                warpgroup.commit_group()
+        self._register_steps(x, pos.stage, 0, OPEN_STEPS)
+
+    @cute.jit
+    def _close_qk(self, x: ScoreTiles, bars: Barriers, pos: RingPos, rope_parity: Int32):
+        """S4, in two commit groups: the end of the first one is the cue for p v"""
+        ss = cute.make_mma_atom(mma_qk(self.config, SMEM))
+        ss.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        self._register_steps(x, pos.stage, OPEN_STEPS, GROUP_A)
+        warpgroup.commit_group()
+        self._register_steps(x, pos.stage, GROUP_A, Q_BLOCKS * STEPS)
         cute.arch.mbarrier_wait(bars.rope_full, rope_parity)
         warpgroup.fence()
         for k in cutlass.range_constexpr(STEPS):
             cute.gemm(ss, x.rS, x.tQ[None, None, STEPS + k], x.tRope[None, None, k], x.rS)
         warpgroup.commit_group()
+
+    @cute.jit
+    def _register_steps(self, x: ScoreTiles, stage: Int32, first: Constexpr[int], end: Constexpr[int]):
+        rs = cute.make_mma_atom(mma_qk(self.config, RMEM))
+        rs.set(warpgroup.Field.ACCUMULATE, True)
+        for k in cutlass.range_constexpr(first, end):
+            if const_expr(k % STEPS == 0 or k == first):
+                stage = opaque(stage)  # else LLVM forms all descriptors up front: > 63 uniform registers, R2UR, spills
+            cute.gemm(rs, x.rS, x.rQ[k // STEPS][None, None, k % STEPS], x.tK[None, None, k, stage], x.rS)
 
     @cute.jit
     def _await_qk(self, bars: Barriers, p_pending: Constexpr[bool]):
