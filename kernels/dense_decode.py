@@ -63,17 +63,16 @@ from .parts.work import RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
 Q_BLOCKS = 7  # column blocks of q in registers (0..447); block 7 and the rope block stay in smem
-OPEN_STEPS = 12
+OPEN_STEPS = 8
 GROUP_A = Q_BLOCKS * STEPS - 1  # register k-steps in S2's first commit group; pv_go is sent when it is done
 SCORE_WARPS, VALUE_WARPS = 4, 8
-REFILL_WARP, REFILL_HALF = 8, 1
+FEED_WARP, REFILL_WARP = 4, 8  # the first warps of VALUE_LEFT and VALUE_RIGHT
 SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 LOG2_E = 1.4426950408889634
 
 
 class NamedBarrier(IntEnum):
-    ROPE = 1
-    ZERO_LEFT = 2  # + half
+    ZERO_LEFT = 1  # + half
 
 
 # ---------------------------------------------------------------------- bundles
@@ -121,6 +120,7 @@ class Barriers:
     slot_full: cute.Pointer
     slot_empty: cute.Pointer
     rope_full: cute.Pointer
+    rope_empty: cute.Pointer
     q_tail_full: cute.Pointer
     p_full: cute.Pointer
     p_empty: cute.Pointer
@@ -136,6 +136,7 @@ class Barriers:
             slot_full=(config.stages, tma),
             slot_empty=(config.stages, value),
             rope_full=(1, tma),
+            rope_empty=(1, score),
             q_tail_full=(1, tma),
             p_full=(1, score),
             p_empty=(1, value),
@@ -204,7 +205,7 @@ def allocate(config):
     return smem, Barriers.carve(config, storage.bars.data_ptr())
 
 
-# ---------------------------------------------------------------------- V4: keeping the ring full
+# ---------------------------------------------------------------------- V5: keeping the ring full
 @dataclass(frozen=True)
 class Cursor:
     """what the refill warp requests next"""
@@ -264,7 +265,60 @@ class Refill:
         return self.request(c, pos.stage)
 
 
-# ---------------------------------------------------------------------- SCORE's bundles
+# ---------------------------------------------------------------------- V3: keeping rope and q_tail full
+@dataclass(frozen=True)
+class RopeCursor:
+    """what the feed warp requests next"""
+
+    it: Int32  # item
+    batch: Int32
+    first: Int32
+    tile: Int32
+    end: Int32
+    record: Int32  # per lane: field lane % RECORD of the record of item it + 1
+    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
+
+
+@dataclass(frozen=True)
+class Feed:
+    rope: TmaLoad
+    q_tail: TmaLoad
+    block_table: cute.Tensor
+    work: Work
+    rope_empty: cute.Pointer
+
+    def start(self):
+        return self._open_item(Int32(0), self.work.head)
+
+    @cute.jit
+    def _open_item(self, it: Int32, record: Int32):
+        """a cursor at the item's first tile; past the last item, one that requests nothing"""
+        batch, first, end = (uniform(lane_value(record, i)) for i in range(3))
+        after = self.work.records[cutlass.min(it + 1, self.work.count - 1), cute.arch.lane_idx() % RECORD]
+        return RopeCursor(it, batch, first, first, end, after, load_pages(self.block_table, batch, first, end))
+
+    @cute.jit
+    def request(self, c: RopeCursor):
+        it, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
+        if it < self.work.count:
+            if tile == first:
+                self.q_tail.start(batch, 0)
+            self.rope.start(lane_value(pages, (tile - first) % 32), 0)
+            tile += 1
+            if tile == end:
+                opened = self._open_item(it + 1, record)
+                it, batch, first, tile, end, record, pages = (getattr(opened, f.name) for f in fields(RopeCursor))
+            elif (tile - first) % 32 == 0:
+                pages = load_pages(self.block_table, batch, tile, end)
+        return RopeCursor(it, batch, first, tile, end, record, pages)
+
+    @cute.jit
+    def wait_and_request(self, c: RopeCursor, parity: Int32):
+        cute.arch.mbarrier_wait(self.rope_empty, parity)
+        return self.request(c)
+
+
+# ---------------------------------------------------------------------- SCORE's operands
 @dataclass(frozen=True)
 class ScoreTiles:
     """operands of q k^T"""
@@ -290,25 +344,6 @@ class ScoreTiles:
             rS=cute.make_rmem_tensor(acc, Float32),
             rP=cute.make_rmem_tensor(acc, dtype),
         )
-
-
-@dataclass(frozen=True)
-class ScoreLoads:
-    """what SCORE's warp 0 requests itself"""
-
-    rope: TmaLoad
-    q_tail: TmaLoad
-    block_table: cute.Tensor
-    warp_idx: Int32
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """the item after the current one"""
-
-    exists: Boolean
-    batch: Int32
-    pages: Int32  # per lane
 
 
 # ---------------------------------------------------------------------- the kernel
@@ -413,25 +448,12 @@ class DenseDecode:
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
         config = self.config
         x, softmax = ScoreTiles.make(config, smem), OnlineSoftmax.make(args.scale_log2, config.lazy_rescale)
-        loads = ScoreLoads(
-            self._cache_load(args.rope, rows, smem.rope, bars.rope_full),
-            self._query_load(args.q_tail, rows, smem.q_tail, bars.q_tail_full),
-            args.block_table,
-            uniform(cute.arch.warp_idx()),
-        )
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
-        batch, first, end = (lane_value(work.head, i) for i in range(3))
-        pages = load_pages(args.block_table, batch, first, end)
-        if loads.warp_idx == 0:
-            loads.rope.start(lane_value(pages, 0), 0)
-            loads.q_tail.start(batch, 0)
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
             item = WorkItem.read(smem.item[None, it & 1])
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.stages)
-            exists = it + 1 < work.count
-            record = work.records[it + 1 if exists else it, cute.arch.lane_idx() % RECORD]
             mask = Mask(rows, item.seqlen, config.causal)
             lowest = mask.limit(0)
             softmax.reset()
@@ -440,11 +462,7 @@ class DenseDecode:
             self._open_qk(x, bars, pos)  # first tile: no S1, S3
             self._close_qk(x, bars, pos, parity)
             self._await_qk(bars, False)
-            # (not while wgmma is in flight: ptxas then gives up uniform descriptors)
-            next_batch, next_first, next_end = (lane_value(record, i) for i in range(3))
-            ahead = Ahead(exists, next_batch, load_pages(args.block_table, next_batch, next_first, next_end))
             pos = pos.next(config.stages)
-            pages = self._request_rope(loads, item, ahead, item.first, pages)
             for tile in cutlass.range(item.first, item.end - 1, unroll=1):
                 mask.apply(x.rS, tile, lowest)  # S1
                 softmax.step(x.rS, x.rP)
@@ -455,7 +473,6 @@ class DenseDecode:
                 self._close_qk(x, bars, pos, parity ^ 1)  # S4
                 self._await_qk(bars, True)
                 pos = pos.next(config.stages)
-                pages = self._request_rope(loads, item, ahead, tile + 1, pages)  # S5
                 parity ^= 1
             mask.apply(x.rS, item.end - 1, lowest)  # last tile: no S2, S4, S5
             softmax.step(x.rS, x.rP)
@@ -526,6 +543,7 @@ class DenseDecode:
             warpgroup.wait_group(1)
             arrive(bars.pv_go, self.config.lane_arrivals)
         warpgroup.wait_group(0)
+        arrive(bars.rope_empty, self.config.lane_arrivals)
 
     @cute.jit
     def _store_p(self, rP, rRescale, smem: Smem, bars: Barriers, parity: Int32):
@@ -548,26 +566,6 @@ class DenseDecode:
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         arrive(bars.p_full, self.config.lane_arrivals)
-
-    @cute.jit
-    def _request_rope(self, loads: ScoreLoads, item: WorkItem, ahead: Ahead, tile: Int32, pages: Int32) -> Int32:
-        """S5: q k^T of `tile` is complete in this warp.  Once it is in all four, warp 0 requests rope tile + 1, or after
-        the last tile the next item's first rope tile and q tail.  Returns the per-lane pages to go on with."""
-        if loads.warp_idx == 0:
-            cute.arch.barrier(barrier_id=NamedBarrier.ROPE, number_of_threads=32 * SCORE_WARPS)
-            inside = tile + 1 < item.end
-            page = lane_value(pages if inside else ahead.pages, tile + 1 - item.first if inside else 0)
-            if inside | ahead.exists:
-                loads.rope.start(page, 0)
-                if inside:
-                    if (tile + 2 - item.first) % 32 == 0:
-                        pages = load_pages(loads.block_table, item.batch, tile + 2, item.end)
-                else:
-                    loads.q_tail.start(ahead.batch, 0)
-                    pages = ahead.pages
-        else:
-            cute.arch.barrier_arrive(barrier_id=NamedBarrier.ROPE, number_of_threads=32 * SCORE_WARPS)
-        return pages
 
     @cute.jit
     def _store_lse(self, softmax: OnlineSoftmax, result: Outputs, item: WorkItem, rows: RowTile):
@@ -595,23 +593,22 @@ class DenseDecode:
         rO = cute.make_rmem_tensor(mma.partition_shape_C((TILE, columns)), Float32)
         warp_idx = uniform(cute.arch.warp_idx())
         row = fragment_row(thread_in_warpgroup())
-        refill, cursor = None, None
-        if const_expr(half == REFILL_HALF):
-            refill = Refill(
-                self._query_load(args.q, rows, smem.ring, bars.slot_full),
-                self._cache_load(args.latent, rows, smem.ring, bars.slot_full),
-                args.block_table,
-                work,
-                smem.item,
-                bars.slot_empty,
-            )
-            cursor = refill.start()
+        loads, cursor = self._value_loads(half, args, smem, bars, work, rows), None
+        if const_expr(half == 0):
+            cursor = loads.start()
+            if warp_idx == FEED_WARP:
+                cursor = loads.request(cursor)
+        else:
+            cursor = loads.start()
             if warp_idx == REFILL_WARP:
                 for stage in cutlass.range(config.stages, unroll=1):
-                    cursor = refill.request(cursor, stage)
-                cursor = refill.wait_and_request(cursor, RingPos(Int32(0), Int32(0)))  # the first q slot
+                    cursor = loads.request(cursor, stage)
+                cursor = loads.wait_and_request(cursor, RingPos(Int32(0), Int32(0)))  # the first q slot
         pos, parity = RingPos(Int32(1), Int32(0)), Int32(0)
         for it in cutlass.range(work.count, unroll=1):
+            if const_expr(half == 0):  # V3, the item's first tile
+                if warp_idx == FEED_WARP:
+                    cursor = loads.wait_and_request(cursor, parity)
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
             item = WorkItem.read(smem.item[None, it & 1])
@@ -622,23 +619,38 @@ class DenseDecode:
                     self._zero_tail(half, smem.ring, pos.stage, item.seqlen - tile * TILE)
                 cute.arch.mbarrier_wait(bars.pv_go, parity)  # V2
                 self._accumulate(rO, tP, tV[None, None, None, pos.stage])
-                arrive(bars.p_empty, config.lane_arrivals)  # V3
+                if const_expr(half == 0):  # V3, in the shadow of p v
+                    if warp_idx == FEED_WARP:
+                        if tile + 1 < item.end:
+                            cursor = loads.wait_and_request(cursor, parity ^ 1)
+                warpgroup.wait_group(0)
+                arrive(bars.p_empty, config.lane_arrivals)  # V4
                 arrive(bars.slot_empty + pos.stage, config.lane_arrivals)
-                if const_expr(half == REFILL_HALF):  # V4
+                if const_expr(half == 1):  # V5
                     if warp_idx == REFILL_WARP:
-                        cursor = refill.wait_and_request(cursor, pos)
+                        cursor = loads.wait_and_request(cursor, pos)
                 pos = pos.next(config.stages)
                 parity ^= 1
-            if const_expr(half == REFILL_HALF):  # V4, the next item's q slot
+            if const_expr(half == 1):  # V5, the next item's q slot
                 if warp_idx == REFILL_WARP:
                     if it + 1 < work.count:
-                        cursor = refill.wait_and_request(cursor, pos)
+                        cursor = loads.wait_and_request(cursor, pos)
             pos = pos.next(config.stages)
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             if item.slot < 0:
                 store_final(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
             else:
                 store_split(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
+
+    def _value_loads(self, half, args, smem, bars, work, rows):
+        """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
+        if half == 0:
+            rope = self._cache_load(args.rope, rows, smem.rope, bars.rope_full)
+            q_tail = self._query_load(args.q_tail, rows, smem.q_tail, bars.q_tail_full)
+            return Feed(rope, q_tail, args.block_table, work, bars.rope_empty)
+        q = self._query_load(args.q, rows, smem.ring, bars.slot_full)
+        latent = self._cache_load(args.latent, rows, smem.ring, bars.slot_full)
+        return Refill(q, latent, args.block_table, work, smem.item, bars.slot_empty)
 
     @cute.jit
     def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
@@ -654,7 +666,6 @@ class DenseDecode:
         for k in cutlass.range_constexpr(STEPS):
             cute.gemm(mma, rO, tP[None, None, k], tV[None, None, k], rO)
         warpgroup.commit_group()
-        warpgroup.wait_group(0)
 
     @cute.jit
     def _zero_tail(self, half: Constexpr[int], sRing, stage: Int32, valid: Int32):
