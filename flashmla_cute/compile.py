@@ -2,7 +2,7 @@
 
 What runs is always the exported object loaded back, after a compile and after a cache hit alike (0.7 us a call, where the
 object that cute.compile returns takes 1.1).  The cache key is the op's name, its whole config, the target, the versions of
-the DSL and TVM-FFI, the CUDA flavour of the DSL, and the bytes of every source file that the kernel is traced from.
+the DSL and TVM-FFI, the CUDA flavour of the DSL, and the bytes of every source file that the op is traced from.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -47,15 +47,11 @@ def is_cached(op_class: type, config) -> bool:
     return (op_class, config) in _functions or (cache_dir() / _file_name(op_class(config))).exists()
 
 
-def compile_object(op, keep_cubin: bool = False):
-    """One compile of `op` for sm_90a, without a GPU.  Returns the DSL's compiled object; keep_cubin adds `.__cubin__`."""
+def compile_object(op):
+    """One compile of `op` for sm_90a, without a GPU.  Returns the DSL's compiled object."""
     import cutlass.cute as cute
 
-    options = f"--enable-tvm-ffi --gpu-arch {ARCH}" + (" --keep-cubin" if keep_cubin else "")
-    if not keep_cubin:
-        return cute.compile(op, *op.fake_args(), options=options)
-    with tempfile.TemporaryDirectory() as folder, _environment(CUTE_DSL_DUMP_DIR=folder):
-        return cute.compile(op, *op.fake_args(), options=options)
+    return cute.compile(op, *op.fake_args(), options=f"--enable-tvm-ffi --gpu-arch {ARCH}")
 
 
 # ---------------------------------------------------------------------- key
@@ -67,19 +63,20 @@ def _environment_key() -> dict:
     package = Path(__file__).parent
     kernels = Path(importlib.import_module("flashmla_cute.kernels").__file__).parent
     digest = hashlib.sha256()
-    for path in (*sorted(kernels.rglob("*.py")), package / "ops.py", package / "compile.py"):
+    for path in (*sorted(kernels.rglob("*.py")), package / "compile.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return {
         "arch": ARCH,
         "sources": digest.hexdigest(),
         "dsl": importlib.metadata.version("nvidia-cutlass-dsl"),
         "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
-        "flavour": re.sub(r"\..*", "", Path(library.__file__).name),
+        "flavour": Path(library.__file__).name.split(".")[1],  # _cutlass_ir.cu12.cpython-..: another ptxas
     }
 
 
 def _key(op) -> str:
-    content = {"op": op.name, "config": asdict(op.config), **_environment_key()}
+    source = hashlib.sha256(Path(inspect.getsourcefile(type(op))).read_bytes()).hexdigest()
+    content = {"op": op.name, "config": asdict(op.config), "source": source, **_environment_key()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -146,17 +143,3 @@ def _file_lock(path: Path):
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _environment(**variables):
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

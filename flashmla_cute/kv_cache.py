@@ -14,7 +14,7 @@ class PagedKVCache:
 
     pool           [num_pages, page, num_kv_heads, latent + rope] bf16 or fp16; last axis contiguous, other strides multiples
                    of 16 bytes (blocks may be padded, the pool may be a view into a larger one, beyond 2^31 elements)
-    block_table    [batch, max_pages] int32: page of the request's tokens 64 i .. 64 i + 63; entries past its length are never read
+    block_table    [batch, max_pages] int32: page of the request's tokens 64 i .. 64 i + 63; entries past its end are never read
     cache_seqlens  [batch] int32: tokens of each request, 0 allowed; may change between steps, on the device
     """
 
@@ -127,7 +127,7 @@ class PagedKVCache:
         """Room for counts[i] more tokens of request i: takes pages from the pool, sets block table and lengths on the device,
         and returns the new tokens' slots, request after request, [sum(counts)] int64.
 
-        Only for a cache made by `allocate`.  Raises ValueError when pages or table entries run out; nothing has then changed."""
+        Only for a cache made by `allocate`.  Raises ValueError when pages or entries run out: nothing has changed then."""
         self._need_allocator("extend")
         need(len(counts) == self.batch, "len(counts)", len(counts), f"{self.batch}, one for each request")
         need(all(isinstance(n, int) and n >= 0 for n in counts), "counts", list(counts), "integers >= 0")

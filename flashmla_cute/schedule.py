@@ -6,7 +6,7 @@ The tests hold the device to it record by record; `flashmla-cute demo` runs it w
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from .kernels.config import TILE, ScheduleConfig
 
@@ -86,7 +86,7 @@ def part_loads(prefix: Sequence[int], cuts: Sequence[tuple[int, int]], item_tile
 def count_pieces(cuts: Sequence[tuple[int, int]]) -> int:
     """split pieces: one behind every cut inside a request, and one before a request's first"""
     pieces = 0
-    for (request, tile), (next_request, next_tile) in zip(cuts, cuts[1:]):
+    for (request, tile), (next_request, next_tile) in pairwise(cuts):
         pieces += tile > 0
         pieces += next_tile > 0 and (next_request != request or tile == 0)
     return pieces
@@ -95,7 +95,7 @@ def count_pieces(cuts: Sequence[tuple[int, int]]) -> int:
 def build_schedule(
     lengths: Sequence[int], row_tiles: int, max_parts: int, config: ScheduleConfig = ScheduleConfig(), max_tiles: int = 1 << 30
 ) -> Schedule:
-    """lengths: tokens of each request; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share a row tile's work."""
+    """lengths: tokens of each request; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share one's work."""
     tiles = [min((max(n, 0) + TILE - 1) // TILE, max_tiles) for n in lengths]
     prefix = [0, *accumulate(t + config.item_tiles if t else 0 for t in tiles)]
     filled = [0, *accumulate(int(t > 0) for t in tiles)]

@@ -2,10 +2,10 @@
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
-A unit of work is 128 columns of one (request to merge, query token, head): 4 columns a lane, 4 pieces of 16-byte loads in
-flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch
-1) and thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py
-wrote; a step without splits costs an empty launch, overlapped with the decode kernel's tail.
+A unit of work is 32 vectors of 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
+A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
+thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py wrote;
+a step without splits costs an empty launch, overlapped with the decode kernel's tail.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,11 @@ from cutlass import Float32, Int32
 from cutlass.memory import SmemAllocator
 
 from .config import MLAConfig
-from .parts.tiles import element_type
+from .parts.tiles import element_type, split_type
 from .parts.work import MERGE
 
 WARPS = 8  # of a CTA
-VECTOR = 4  # columns of a lane
-COLUMNS = 32 * VECTOR  # of a unit
+VECTOR_BYTES = 16  # of a lane
 IN_FLIGHT = 4  # pieces a lane loads before it uses the first
 LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
 CTAS_PER_SM = 4  # all resident at once: the grid is at most this many for each SM
@@ -32,7 +31,7 @@ LEAST = -1e30  # a maximum to start from; finite, so that -inf - LEAST is no NaN
 class Args:
     """all that crosses to the device"""
 
-    o_split: cute.Tensor  # (slot, query token, head, latent) f32
+    o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head) f32
     merges: cute.Tensor  # (1 + request, MERGE): number; then request, first slot, pieces
     o: cute.Tensor  # (request, query token, head, latent)
@@ -47,22 +46,32 @@ class Unit:
     pieces: Int32
     token: Int32
     head: Int32
-    chunk: Int32  # of COLUMNS columns
+    chunk: Int32  # of 32 vectors of columns
 
 
 class Combine:
     def __init__(self, config: MLAConfig):
         self.config = config
 
+    @property
+    def vector(self) -> int:
+        """columns of a lane"""
+        return VECTOR_BYTES * 8 // split_type(self.config).width
+
+    @property
+    def chunks(self) -> int:
+        """units of a row"""
+        return self.config.kv.latent // (32 * self.vector)
+
     @cute.jit
     def __call__(self, o_split, lse_split, merges, o, lse, num_sms: Int32, stream):
         b, s_q, h_q, _ = o.shape
-        units = b * s_q * h_q * (self.config.kv.latent // COLUMNS)
+        units = b * s_q * h_q * self.chunks
         self.kernel(Args(o_split, lse_split, merges, o, lse)).launch(
             grid=[cutlass.min(units, CTAS_PER_SM * num_sms), 1, 1],
             block=[32 * WARPS, 1, 1],
             min_blocks_per_mp=CTAS_PER_SM,
-            preferred_smem_carveout=100,  # as the decode kernel has it: a change of the split drains the SM
+            preferred_smem_carveout=100,  # as the decode kernel has it; without it, the DSL asks a driver at compile time
             stream=stream,
             use_pdl=True,
         )
@@ -74,7 +83,7 @@ class Combine:
         num_ctas, _, _ = cute.arch.grid_dim()
         _, s_q, h_q, _ = args.o.shape
         # The list was complete before the decode kernel let this one start: all that does not need its results goes first.
-        units = args.merges[0, 0] * s_q * h_q * (self.config.kv.latent // COLUMNS)
+        units = args.merges[0, 0] * s_q * h_q * self.chunks
         share = Int32(1)  # warps of a unit
         while (share < WARPS) & (units * share * 2 <= num_ctas * WARPS):
             share *= 2
@@ -90,14 +99,14 @@ class Combine:
     def _allocate(self):
         @cute.struct
         class Storage:
-            part: cute.struct.Align[cute.struct.MemRange[Float32, WARPS * COLUMNS], 16]
+            part: cute.struct.Align[cute.struct.MemRange[Float32, WARPS * 32 * self.vector], 16]
 
-        return SmemAllocator().allocate(Storage).part.get_tensor(cute.make_layout((VECTOR, 32, WARPS)))
+        return SmemAllocator().allocate(Storage).part.get_tensor(cute.make_layout((self.vector, 32, WARPS)))
 
     @cute.jit
     def _locate(self, args: Args, index: Int32, units: Int32) -> Unit:
-        _, s_q, h_q, latent = args.o.shape
-        chunks = latent // COLUMNS
+        _, s_q, h_q, _ = args.o.shape
+        chunks = self.chunks
         row, exists = index // chunks, index < units
         merge = 1 + row // (s_q * h_q) if exists else 1
         token, head = row // h_q % s_q, row % h_q
@@ -109,7 +118,7 @@ class Combine:
         """my pieces are rank, rank + share, ..; the warp of rank 0 adds up its neighbours and stores"""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         column = unit.chunk * 32 + lane  # in vectors
-        rO = cute.make_rmem_tensor(VECTOR, Float32)
+        rO = cute.make_rmem_tensor(self.vector, Float32)
         rO.fill(0.0)
         rPiece, rWeight = self._load(args, unit, column, rank, share)  # in flight while the weights are summed
         scale, lse = self._row_lse(args, unit)
@@ -122,23 +131,23 @@ class Combine:
             cute.arch.sync_threads()
             if rank == 0:
                 for other in cutlass.range(1, share, unroll=1):
-                    rOther = cute.make_rmem_tensor(VECTOR, Float32)
+                    rOther = cute.make_rmem_tensor(self.vector, Float32)
                     cute.autovec_copy(sPart[None, lane, warp + other], rOther)
-                    for j in cutlass.range_constexpr(VECTOR):
+                    for j in cutlass.range_constexpr(self.vector):
                         rO[j] = rO[j] + rOther[j]
             cute.arch.sync_threads()  # sPart has been read
         if unit.exists & (rank == 0):
-            rOut = cute.make_rmem_tensor(VECTOR, element_type(self.config))
+            rOut = cute.make_rmem_tensor(self.vector, element_type(self.config))
             rOut.store(rO.load().to(element_type(self.config)))
             gOut = args.o[unit.request, unit.token, unit.head, None]
-            cute.autovec_copy(rOut, cute.local_tile(gOut, (VECTOR,), (column,)))
+            cute.autovec_copy(rOut, cute.local_tile(gOut, (self.vector,), (column,)))
             if (lane == 0) & (unit.chunk == 0):
                 args.lse[unit.request, unit.head, unit.token] = lse
 
     @cute.jit
     def _load(self, args: Args, unit: Unit, column: Int32, base: Int32, share: Int32):
         """IN_FLIGHT pieces from `base` on, with their lse; weight 0 past the last"""
-        rPiece = cute.make_rmem_tensor((VECTOR, IN_FLIGHT), Float32)
+        rPiece = cute.make_rmem_tensor((self.vector, IN_FLIGHT), split_type(self.config))
         rWeight = cute.make_rmem_tensor(IN_FLIGHT, Float32)
         rPiece.fill(0.0)
         rWeight.fill(-Float32.inf)
@@ -147,7 +156,7 @@ class Combine:
             if piece < unit.pieces:
                 slot = piece_slot(unit.first_slot, piece)
                 gPiece = args.o_split[slot, unit.token, unit.head, None]
-                cute.autovec_copy(cute.local_tile(gPiece, (VECTOR,), (column,)), rPiece[None, i])
+                cute.autovec_copy(cute.local_tile(gPiece, (self.vector,), (column,)), rPiece[None, i])
                 rWeight[i] = args.lse_split[slot, unit.token, unit.head]
         return rPiece, rWeight
 
@@ -155,8 +164,8 @@ class Combine:
     def _add(self, rO, rPiece, rWeight, scale: Float32):
         for i in cutlass.range_constexpr(IN_FLIGHT):
             weight = cute.math.exp2(rWeight[i] * LOG2_E - scale, fastmath=True)
-            for j in cutlass.range_constexpr(VECTOR):
-                rO[j] = rO[j] + weight * rPiece[j, i]
+            for j in cutlass.range_constexpr(self.vector):
+                rO[j] = rO[j] + weight * rPiece[j, i].to(Float32)
 
     @cute.jit
     def _row_lse(self, args: Args, unit: Unit):

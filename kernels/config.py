@@ -38,6 +38,7 @@ class MLAConfig:
     causal: bool = True  # bottom-right aligned over the query tokens
 
     head_tile: int = 0  # heads of one token that are neighbours in a row tile; 0: rows are one strided axis (parts/rows.py)
+    split: str = "float32"  # element type of partial results; float16 halves their bytes, for latents below 65504
     stages: int = 3  # 64 KB slots of the KV ring
     score_registers: int = 184
     value_registers: int = 160
@@ -60,8 +61,9 @@ class MLAConfig:
     def name(self) -> str:
         rows = f"h{self.head_tile}" if self.head_tile else "flat"
         mask = "causal" if self.causal else "full"
+        split = "" if self.split == "float32" else f"_{self.split}"
         debug = "_lanes" if self.lane_arrivals else ""
-        return f"dense_{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}_{mask}_{rows}{debug}"
+        return f"dense_{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}_{mask}_{rows}{split}{debug}"
 
     def check(self):
         """Raises ValueError, naming the field, for a configuration that this kernel cannot run."""
@@ -75,6 +77,7 @@ class MLAConfig:
         need(
             self.head_tile in (0, 1, 2, 4, 8, 16, 32, 64), f"head_tile is {self.head_tile}; allowed: 0 or a power of 2 up to 64"
         )
+        need(self.split in ("float32", "float16"), f"split is {self.split}; allowed: float32, float16")
         registers = self.score_registers + 2 * self.value_registers
         need(
             registers <= 3 * LAUNCH_REGISTERS,

@@ -11,12 +11,13 @@ The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = 
   page --> [ rope tile 8 KB ]   [ q columns 448..575, 16 KB ] --^                                 |
                                                        VALUE left: o[:, 0:256]  <-- p v --> VALUE right: o[:, 256:512]
 An item's slots are: q, tile first, .., tile end - 1.  Letting q travel through the ring hides its load behind the
-previous item's last tiles, and the item's record rides along in smem.  There is no producer warp.
+previous item's last tiles, and the item's record rides along in smem.  There is no producer warp: the register file has no
+room for one beside 184 + 160 + 160 on each quarter of the SM, so two warps of VALUE make all requests.
 
   role         warps  registers  waits on                                  signals
-  SCORE        0-3    184        slot_full rope_full q_tail_full p_empty   p_full pv_go, slot_empty of a q slot
-    warp 0     0                 named barrier ROPE (all SCORE warps)      rope_full q_tail_full, by TMA
+  SCORE        0-3    184        slot_full rope_full q_tail_full p_empty   p_full pv_go rope_empty, slot_empty of a q slot
   VALUE_LEFT   4-7    160        p_full pv_go                              p_empty slot_empty
+    warp 4     4                 rope_empty                                rope_full q_tail_full, by TMA
   VALUE_RIGHT  8-11   160        p_full pv_go                              p_empty slot_empty
     warp 8     8                 slot_empty                                slot_full, by TMA
 
@@ -24,46 +25,49 @@ previous item's last tiles, and the item's record rides along in smem.  There is
   slot_full[3]   1 + tx    the slot's bytes have landed                    SCORE
   slot_empty[3]  8         8 VALUE warps, or 4 SCORE warps x 2 (q slot)    warp 8, to refill it
   rope_full      1 + tx    the rope columns of the next tile have landed   SCORE
+  rope_empty     4         q k^T of a tile has read rope and q tail        warp 4, to refill them
   q_tail_full    1 + tx    q columns 448..575 of the item have landed      SCORE
   p_full         4         p and rescale of a tile are stored              VALUE (implies slot_full: s came from it)
   p_empty        8         p and rescale of a tile are consumed            SCORE
   pv_go          4         the tensor core is about to be free             VALUE
 
-Steady state; tile c's scores are in SCORE's registers when its round starts, nothing is in flight:
+Steady state; tile c's scores are in SCORE's registers when its round starts, no wgmma of SCORE is in flight:
   S1 SCORE  mask and soften tile c: row_max, rescale, p in registers; pinned before S2 by a store
-  S2 SCORE  issue q k^T of tile c + 1, before p is stored: this is what keeps the tensor core fed
+  S2 SCORE  issue the first 12 of the 36 k-steps of q k^T of tile c + 1: the tensor core is fed while p is stored
   S3 SCORE  wait p_empty, store p and rescale of tile c -> p_full
-  S4 SCORE  first commit group of S2 done -> pv_go, then wait for the rest; advance the ring
-  S5 SCORE  all four warps through S4: warp 0 requests the rope tile c + 2
+  S4 SCORE  issue the other k-steps; a register operand makes issuing as slow as executing, so p must not wait for them
+  S5 SCORE  first commit group done -> pv_go; all done -> rope_empty; advance the ring
   V1 VALUE  wait p_full; rescale o if any row moved; in the last tile zero the rows of v past the end
-  V2 VALUE  wait pv_go; o += p v; wait
-  V3 VALUE  -> p_empty, slot_empty
-  V4 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
+  V2 VALUE  wait pv_go; issue o += p v
+  V3 warp 4 in its shadow: wait rope_empty of tile c + 1, request the rope of tile c + 2 (or the next item's, and its q tail)
+  V4 VALUE  p v done -> p_empty, slot_empty
+  V5 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, MLAConfig
-from .parts.loads import EVICT_FIRST, TmaLoad, TmaOperand, load_pages
+from .parts.loads import EVICT_FIRST, TmaLoad, TmaOperand
 from .parts.mask import Mask
-from .parts.ptx import lane_value, opaque, uniform
+from .parts.ptx import opaque, uniform
+from .parts.requests import Feed, Refill
 from .parts.rows import RowTile, num_row_tiles
 from .parts.softmax import OnlineSoftmax
-from .parts.store import store_final, store_split
+from .parts.store import store_rows, store_wide
 from .parts.sync import RingPos, arrive, warp_arrivals
-from .parts.tiles import BLOCK, column_blocks, element_type, fragment_row, swizzled, thread_in_warpgroup
+from .parts.tiles import BLOCK, column_blocks, element_type, fragment_row, split_type, swizzled, thread_in_warpgroup
 from .parts.work import RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
 Q_BLOCKS = 7  # column blocks of q in registers (0..447); block 7 and the rope block stay in smem
-OPEN_STEPS = 8
+OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
 GROUP_A = Q_BLOCKS * STEPS - 1  # register k-steps in S2's first commit group; pv_go is sent when it is done
 SCORE_WARPS, VALUE_WARPS = 4, 8
 FEED_WARP, REFILL_WARP = 4, 8  # the first warps of VALUE_LEFT and VALUE_RIGHT
@@ -81,7 +85,7 @@ class NamedBarrier(IntEnum):
 class Outputs:
     o: cute.Tensor  # (request, query token, head, latent)
     lse: cute.Tensor  # (request, head, query token)
-    o_split: cute.Tensor  # (slot, query token, head, latent) f32
+    o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head)
 
 
@@ -205,119 +209,6 @@ def allocate(config):
     return smem, Barriers.carve(config, storage.bars.data_ptr())
 
 
-# ---------------------------------------------------------------------- V5: keeping the ring full
-@dataclass(frozen=True)
-class Cursor:
-    """what the refill warp requests next"""
-
-    it: Int32  # item
-    wants_q: Boolean  # its q slot, else tile `tile`
-    batch: Int32
-    first: Int32
-    tile: Int32
-    end: Int32
-    record: Int32  # per lane: field lane % RECORD of the next record to start
-    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
-
-
-@dataclass(frozen=True)
-class Refill:
-    """global loads made here are used one call later"""
-
-    q: TmaLoad
-    latent: TmaLoad
-    block_table: cute.Tensor
-    work: Work
-    sItem: cute.Tensor  # (RECORD, item parity)
-    slot_empty: cute.Pointer
-
-    def start(self):
-        zero = Int32(0)
-        return Cursor(zero, Boolean(True), zero, zero, zero, zero, self.work.head, zero)
-
-    @cute.jit
-    def request(self, c: Cursor, stage: Int32):
-        it, wants_q, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(Cursor))
-        lane = cute.arch.lane_idx()
-        if it < self.work.count:
-            if wants_q:
-                if lane < RECORD:
-                    self.sItem[lane, it & 1] = record
-                cute.arch.sync_warp()
-                batch, first, end = lane_value(record, 0), lane_value(record, 1), lane_value(record, 2)
-                tile, wants_q = first, Boolean(False)
-                self.q.start(batch, stage)
-                pages = load_pages(self.block_table, batch, first, end)
-                if it + 1 < self.work.count:
-                    record = self.work.records[it + 1, lane % RECORD]
-            else:
-                self.latent.start(lane_value(pages, tile - first), stage)
-                tile += 1
-                if tile == end:
-                    it, wants_q = it + 1, Boolean(True)
-                elif (tile - first) % 32 == 0:
-                    pages = load_pages(self.block_table, batch, tile, end)
-        return Cursor(it, wants_q, batch, first, tile, end, record, pages)
-
-    @cute.jit
-    def wait_and_request(self, c: Cursor, pos: RingPos):
-        cute.arch.mbarrier_wait(self.slot_empty + pos.stage, pos.phase)
-        return self.request(c, pos.stage)
-
-
-# ---------------------------------------------------------------------- V3: keeping rope and q_tail full
-@dataclass(frozen=True)
-class RopeCursor:
-    """what the feed warp requests next"""
-
-    it: Int32  # item
-    batch: Int32
-    first: Int32
-    tile: Int32
-    end: Int32
-    record: Int32  # per lane: field lane % RECORD of the record of item it + 1
-    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
-
-
-@dataclass(frozen=True)
-class Feed:
-    rope: TmaLoad
-    q_tail: TmaLoad
-    block_table: cute.Tensor
-    work: Work
-    rope_empty: cute.Pointer
-
-    def start(self):
-        return self._open_item(Int32(0), self.work.head)
-
-    @cute.jit
-    def _open_item(self, it: Int32, record: Int32):
-        """a cursor at the item's first tile; past the last item, one that requests nothing"""
-        batch, first, end = (uniform(lane_value(record, i)) for i in range(3))
-        after = self.work.records[cutlass.min(it + 1, self.work.count - 1), cute.arch.lane_idx() % RECORD]
-        return RopeCursor(it, batch, first, first, end, after, load_pages(self.block_table, batch, first, end))
-
-    @cute.jit
-    def request(self, c: RopeCursor):
-        it, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
-        if it < self.work.count:
-            if tile == first:
-                self.q_tail.start(batch, 0)
-            self.rope.start(lane_value(pages, (tile - first) % 32), 0)
-            tile += 1
-            if tile == end:
-                opened = self._open_item(it + 1, record)
-                it, batch, first, tile, end, record, pages = (getattr(opened, f.name) for f in fields(RopeCursor))
-            elif (tile - first) % 32 == 0:
-                pages = load_pages(self.block_table, batch, tile, end)
-        return RopeCursor(it, batch, first, tile, end, record, pages)
-
-    @cute.jit
-    def wait_and_request(self, c: RopeCursor, parity: Int32):
-        cute.arch.mbarrier_wait(self.rope_empty, parity)
-        return self.request(c)
-
-
 # ---------------------------------------------------------------------- SCORE's operands
 @dataclass(frozen=True)
 class ScoreTiles:
@@ -365,7 +256,7 @@ class DenseDecode:
         stream,
     ):
         config, latent, blocks = self.config, self.config.kv.latent, self.config.latent_blocks
-        num_pages, _, h_kv, _ = cache.shape
+        _, _, h_kv, _ = cache.shape
         _, s_q, h_q, _ = q.shape
         args = Args(
             q=self._query_operand(q, 0, blocks),
@@ -384,7 +275,7 @@ class DenseDecode:
             grid=[row_tiles, parts.shape[0], 1],
             block=[32 * (SCORE_WARPS + VALUE_WARPS), 1, 1],
             stream=stream,
-            min_blocks_per_mp=1,  # without it setmaxnreg is ignored
+            min_blocks_per_mp=1,
             hint_smem_base_uniform=True,
             use_pdl=True,
         )
@@ -471,7 +362,7 @@ class DenseDecode:
                 self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
                 self._publish_p(bars)
                 self._close_qk(x, bars, pos, parity ^ 1)  # S4
-                self._await_qk(bars, True)
+                self._await_qk(bars, True)  # S5
                 pos = pos.next(config.stages)
                 parity ^= 1
             mask.apply(x.rS, item.end - 1, lowest)  # last tile: no S2, S4, S5
@@ -638,9 +529,11 @@ class DenseDecode:
             pos = pos.next(config.stages)
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             if item.slot < 0:
-                store_final(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+                store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+            elif const_expr(config.split == "float32"):
+                store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
             else:
-                store_split(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
+                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
@@ -690,7 +583,7 @@ def fake_args(config: MLAConfig):
     from cutlass.cute.runtime import make_fake_tensor
 
     dtype, kv = element_type(config), config.kv
-    b, s_q, h_q = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    b, s_q, h_q, slots = (cute.sym_int() for _ in range(4))
     wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: 16 bytes, what TMA and stores need
     tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
     return (
@@ -702,7 +595,7 @@ def fake_args(config: MLAConfig):
         Outputs(
             tensor(dtype, (b, s_q, h_q, kv.latent), (wide(), wide(), wide(), 1), 16),
             tensor(Float32, (b, h_q, s_q), (wide(1), wide(1), wide(1)), 4),
-            tensor(Float32, (cute.sym_int(), s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16),
-            tensor(Float32, (cute.sym_int(), s_q, h_q), (wide(1), wide(1), 1), 4),
+            tensor(split_type(config), (slots, s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16),
+            tensor(Float32, (slots, s_q, h_q), (wide(1), wide(1), 1), 4),
         ),
     )

@@ -190,7 +190,7 @@ class BuildSchedule:
         batch = args.cache_seqlens.shape[0]
         request, tile = cut(smem.prefix, batch, p, parts, self.config.item_tiles)
         is_inside = Int32(1) if tile > 0 else Int32(0)
-        through, total = self._scan(smem, is_inside)
+        through, _ = self._scan(smem, is_inside)
         smem.cut_request[p] = request
         smem.cut_tile[p] = tile
         smem.inside[p] = through - is_inside

@@ -71,6 +71,6 @@ class TmaLoad:
 
 
 def load_pages(block_table, batch, tile, end):
-    """Lane i gets the page of tile + i (clamped to the item's last tile: entries past a request's end are never read).  Pages
-    and work records are held one per lane: a plain uniform load would be moved to a uniform register at once, i.e. waited for."""
+    """Lane i gets the page of tile + i (clamped to the item's last tile: entries past a request's end are never read).
+    Pages and work records are held one per lane: a uniform load would be waited for on the spot."""
     return block_table[batch, cutlass.min(tile + cute.arch.lane_idx(), end - 1)]

@@ -5,8 +5,8 @@ from cutlass import Int32
 
 
 def uniform(x):
-    """Warp-uniform integer in a uniform register.  REDUX writes one, so that loops bounded by the value are uniform to ptxas;
-    make_warp_uniform (shfl) of an already uniform load is dropped, and every loop-carried value then sits in vector registers."""
+    """Warp-uniform integer in a uniform register.  REDUX writes one, so that loops bounded by the value are uniform to
+    ptxas; make_warp_uniform (shfl) of an already uniform load is dropped, and loop-carried values sit in vector registers."""
     return cute.arch.warp_redux_sync(x, "max")
 
 

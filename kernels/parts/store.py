@@ -8,7 +8,7 @@ from .tiles import element, fragment_row, thread_in_warpgroup
 
 
 @cute.jit
-def store_final(half: Constexpr[int], rO, inv_sum, gO, rows):
+def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows):
     """gO (token, head, column), 16 bit.  A 4x4 transpose of element pairs in each quad, then 16-byte stores: a quad writes 64
     contiguous bytes (element pairs stored as they lie would be 4-byte stores, +13 us at batch 1)."""
     tid = thread_in_warpgroup()
@@ -28,7 +28,7 @@ def store_final(half: Constexpr[int], rO, inv_sum, gO, rows):
 
 
 @cute.jit
-def store_split(half: Constexpr[int], rO, inv_sum, gO, rows):
+def store_wide(half: Constexpr[int], rO, inv_sum, gO, rows):
     """gO (token, head, column), f32: 8-byte stores (32 contiguous bytes a quad)"""
     tid = thread_in_warpgroup()
     for r in cutlass.range_constexpr(2):

@@ -1,7 +1,7 @@
 """Shared memory layouts, and where a thread's accumulator elements are."""
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16
+from cutlass import BFloat16, Float16, Float32
 from cutlass.cute.nvgpu import warpgroup
 
 from ..config import TILE
@@ -10,8 +10,15 @@ from .ptx import opaque
 BLOCK = 64  # 16-bit columns of a 128-byte swizzled block
 
 
+TYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
+
+
 def element_type(config):
-    return {"bfloat16": BFloat16, "float16": Float16}[config.kv.dtype]
+    return TYPES[config.kv.dtype]
+
+
+def split_type(config):
+    return TYPES[config.split]
 
 
 def swizzled(dtype, *shape):

@@ -1,0 +1,128 @@
+"""Pictures of a stored run.
+
+python -m perf.plots perf/results/FILE.json --out DIR
+
+roofline.png  TFLOP/s and GB/s against query rows per cached token, with the ceilings that the same run measured
+speedup.png   each peer's time over ours, by number of requests
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import ours
+from .roofline import ITEMSIZE, LATENT, ROPE
+
+COLOURS = {ours.NAME: "#0b6e4f", "flashmla": "#c8553d", "fa3": "#3d5a98", "sdpa": "#8d8d8d"}
+MARKERS = {16: "o", 32: "v", 64: "s", 128: "D"}  # by query heads
+FLOPS_PER_BYTE = 2 * (2 * LATENT + ROPE) / ((LATENT + ROPE) * ITEMSIZE)  # of one query row: the slope of the roof
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.plots", description="pictures of a stored run")
+    parser.add_argument("file", type=Path, help="a result of perf.bench")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    options = parser.parse_args(argv)
+    try:
+        import matplotlib
+    except ImportError:
+        print("perf.plots: needs matplotlib: pip install 'flashmla-cute[plots]'", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")  # (files only: no display is asked for)
+    result = json.loads(options.file.read_text())
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("roofline", roofline), ("speedup", speedup)):
+        figure = draw(result)
+        path = options.out / f"{name}.png"
+        figure.savefig(path, dpi=160, bbox_inches="tight")
+        print(path)
+    return 0
+
+
+def roofline(result: dict):
+    """two panels over query rows per cached token, every timed row a point"""
+    import matplotlib.pyplot as plt
+
+    figure, (compute, memory) = plt.subplots(1, 2, figsize=(12, 4.6))
+    ceilings = result["ceilings"]
+    for record in _timed(result):
+        style = dict(color=COLOURS.get(record["impl"], "black"), marker=_marker(record), linestyle="none", markersize=6)
+        style |= dict(fillstyle="full" if record["b"] >= 64 else "none", label=record["impl"])
+        compute.plot(_rows_per_token(record), record["tflops"], **style)
+        memory.plot(_rows_per_token(record), record["gbps"], **style)
+    rows = [2 ** (i / 8) for i in range(8 * 2, 8 * 10 + 1)]
+    roof = [min(ceilings["matmul_tflops"], ceilings["stream_gbps"] * FLOPS_PER_BYTE * n / 1e3) for n in rows]
+    compute.plot(rows, roof, color="black", linewidth=1, label="read stream, then matmul")
+    memory.plot(rows, [1e3 * t / FLOPS_PER_BYTE / n for n, t in zip(rows, roof)], color="black", linewidth=1)
+    compute.set(ylabel="TFLOP/s", yscale="log")
+    memory.set(ylabel="GB/s", ylim=(0, 1.1 * ceilings["stream_gbps"]))
+    for axes in (compute, memory):
+        _powers_of_two(axes)
+        axes.set_xlabel("query rows per cached token  (s_q * h_q / h_kv)")
+        axes.grid(alpha=0.3)
+    _legend(compute)
+    figure.suptitle(f"{_title(result)}   (filled: 64 requests and more)")
+    return figure
+
+
+def speedup(result: dict):
+    """peer's time / ours, a panel per peer; marker by heads, filled where there is one query token"""
+    import matplotlib.pyplot as plt
+
+    mine = [record for record in _timed(result) if record["impl"] == ours.NAME]
+    peers = list(dict.fromkeys(peer for record in mine for peer in record["speedup_over"]))
+    figure, panels = plt.subplots(1, max(1, len(peers)), figsize=(5.2 * max(1, len(peers)), 4.4), squeeze=False)
+    for axes, peer in zip(panels[0], peers):
+        for record in mine:
+            if peer in record["speedup_over"]:
+                axes.plot(
+                    record["b"],
+                    record["speedup_over"][peer],
+                    color=COLOURS.get(peer, "black"),
+                    marker=_marker(record),
+                    fillstyle="full" if record["s_q"] == 1 else "none",
+                    linestyle="none",
+                    label=f"h{record['h_q']}",
+                )
+        axes.axhline(1.0, color="black", linewidth=1)
+        _powers_of_two(axes)
+        axes.set(xlabel="requests", ylabel=f"time of {peer} / time of {ours.NAME}", title=peer)
+        axes.grid(alpha=0.3)
+        _legend(axes)
+    if not peers:
+        panels[0][0].text(0.5, 0.5, "no peer was timed in this run", ha="center")
+    figure.suptitle(f"{_title(result)}   (filled: one query token)", y=1.02)
+    return figure
+
+
+def _timed(result: dict) -> list[dict]:
+    return [record for record in result["rows"] if record["us"] is not None]
+
+
+def _rows_per_token(record: dict) -> float:
+    return record["s_q"] * record["h_q"] / record["h_kv"]
+
+
+def _marker(record: dict) -> str:
+    return MARKERS.get(record["h_q"], "x")
+
+
+def _powers_of_two(axes):
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+
+
+def _legend(axes):
+    """every label once"""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    axes.legend(once.values(), once.keys(), fontsize=8)
+
+
+def _title(result: dict) -> str:
+    return f"{result['device']}, {result['date']}, {result['commit'][:10]}{' (dirty)' if result['dirty'] else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

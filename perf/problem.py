@@ -1,0 +1,90 @@
+"""Inputs of a row on the GPU, and the float64 results that every implementation is held to before it is timed."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmla_cute.kernels.config import TILE
+from flashmla_cute.reference import reference_decode
+from flashmla_cute.testing import TOLERANCE
+
+from .roofline import LATENT, ROPE
+from .workloads import Row
+
+FILL_PAGES = 16384  # pages of a pool filled at a time: one random-number launch has to stay below 2^31 elements
+MAX_CHECKED = 4  # requests compared with float64
+
+
+@dataclass
+class Problem:
+    """One row with fresh random inputs.  Everything is the same for all implementations, and only read."""
+
+    row: Row
+    q: torch.Tensor  # [b, s_q, h_q, 576]
+    pools: list[torch.Tensor]  # copies, each [pages, 64, h_kv, 576], of independent contents
+    block_table: torch.Tensor  # [b, pages of the longest request] int32, exactly as wide: FA3's workspace grows with it
+    cache_seqlens: torch.Tensor  # [b] int32
+    softmax_scale: float = (LATENT + ROPE) ** -0.5
+
+    @classmethod
+    def make(cls, row: Row, copies: int, seed: int, device: str = "cuda") -> "Problem":
+        """Pages in random order, as after hours of serving.  Unlike in the tests nothing is poisoned: peers may read (and then
+        drop) what lies past a request's end, so spare table entries name page 0 and spare cache slots hold finite numbers."""
+        generator = torch.Generator(device=device).manual_seed(seed)
+        dtype = getattr(torch, row.dtype)
+        counts = [-(-length // TILE) for length in row.lengths]
+        num_pages = sum(counts)
+        pools = [torch.empty(num_pages, TILE, row.h_kv, LATENT + ROPE, dtype=dtype, device=device) for _ in range(copies)]
+        for pool in pools:
+            for part in pool.split(FILL_PAGES):
+                part.normal_(generator=generator)
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int().split(counts)
+        table = torch.zeros(row.b, max(counts), dtype=torch.int32)
+        for pages, request in zip(order, table):
+            request[: len(pages)] = pages
+        q = torch.empty(row.b, row.s_q, row.h_q, LATENT + ROPE, dtype=dtype, device=device).normal_(generator=generator)
+        return cls(row, q, pools, table.to(device), torch.tensor(row.lengths, dtype=torch.int32, device=device))
+
+    def expected(self, copy: int) -> "Expected":
+        """float64 results with pool `copy`, of a few requests: first, last, longest and one between"""
+        lengths, last = self.row.lengths, self.row.b - 1
+        requests = sorted({0, last, lengths.index(max(lengths)), last // 3})[:MAX_CHECKED]
+        out, lse = reference_decode(
+            self.q[requests],
+            self.pools[copy],
+            self.block_table[requests],
+            [lengths[i] for i in requests],
+            self.softmax_scale,
+            self.row.causal,
+            LATENT,
+        )
+        return Expected(requests, out, lse)
+
+
+@dataclass(frozen=True)
+class Check:
+    """how far a result is from float64"""
+
+    rel_err: float  # of out: norm of the difference / norm, the worst request
+    lse_err: float | None  # absolute, the worst row; None: the implementation returns no lse
+    failure: str | None  # why it must not be timed
+
+
+@dataclass(frozen=True)
+class Expected:
+    requests: list[int]
+    out: torch.Tensor  # [request, s_q, h_q, latent] float64
+    lse: torch.Tensor  # [request, h_q, s_q] float64
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor | None, dtype: str) -> Check:
+        """by the tolerances of the tests (flashmla_cute.testing), for us and for peers alike"""
+        max_rel, max_lse = TOLERANCE[getattr(torch, dtype)]
+        difference = (out[self.requests].double() - self.out).flatten(1).norm(dim=1)
+        rel = (difference / self.out.flatten(1).norm(dim=1)).max().item()
+        gap = None if lse is None else (lse[self.requests].double() - self.lse).abs().max().item()
+        wrong = []
+        if not rel <= max_rel:  # (so written, NaN fails)
+            wrong.append(f"out is off by {rel:.2e}, allowed {max_rel:.0e}")
+        if gap is not None and not gap <= max_lse:
+            wrong.append(f"lse is off by {gap:.2e}, allowed {max_lse:.0e}")
+        return Check(rel, gap, "; ".join(wrong) or None)
