@@ -45,6 +45,7 @@ def mla_decode(
         kv=cache.format,
         causal=bool(causal) and num_queries > 1,
         head_tile=heuristics.choose_head_tile(num_queries, num_heads, cache.num_kv_heads, mergeable),
+        split=str(plan.o_split.dtype).removeprefix("torch."),
     )
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     compile.get(ops.DecodeOp, config)(

@@ -529,11 +529,11 @@ class DenseDecode:
             pos = pos.next(config.stages)
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             if item.slot < 0:
-                store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+                store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows, False)
             elif const_expr(config.split == "float32"):
                 store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
             else:
-                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
+                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows, True)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""

@@ -14,6 +14,13 @@ def lane_value(x, lane):
     return cute.arch.shuffle_sync(x, lane)
 
 
+def pack_half(low, high):
+    """two f32 -> two f16 in an Int32, values beyond f16 clamped to its largest: no inf where the true value is finite"""
+    return cute.arch.inline_ptx(
+        "cvt.rn.satfinite.f16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[high, low]
+    )
+
+
 def opaque(x):
     """The same value, but LLVM cannot hoist what is computed from it: addresses do not occupy registers across the loop."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
