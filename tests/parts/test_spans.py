@@ -1,0 +1,123 @@
+"""kernels/parts/spans.py, run natively on the CPU, against its twin in flashmla_cute/schedule.py."""
+
+import cutlass
+import cutlass.cute as cute
+import pytest
+import torch
+from cutlass import Constexpr, Int32
+from cutlass.cute.runtime import from_dlpack
+
+from flashmla_cute import schedule
+from flashmla_cute.kernels.parts import spans
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+MAX_BATCH, MAX_PARTS = 100, 140
+
+
+@cute.jit
+def all_cuts(prefix: cute.Tensor, out: cute.Tensor, batch: Int32, parts: Int32, item_tiles: Constexpr[int]):
+    """out[p] = (request, tile) of cut p, load of part p"""
+    for p in cutlass.range(parts + 1):
+        out[p, 0], out[p, 1] = spans.cut(prefix, batch, p, parts, item_tiles)
+    for p in cutlass.range(parts):
+        out[p, 2] = spans.load_of(prefix, out[p, 0], out[p, 1], out[p + 1, 0], out[p + 1, 1], item_tiles)
+
+
+@cute.jit
+def all_candidates(out: cute.Tensor, max_parts: Int32, total: Int32):
+    for i in cutlass.range(spans.NUM_CANDIDATES):
+        out[i] = spans.candidate(i, max_parts, total)
+
+
+@cute.jit
+def upper_bounds(prefix: cute.Tensor, out: cute.Tensor, count: Int32):
+    for x in cutlass.range(out.shape[0]):
+        out[x] = spans.upper_bound(prefix, count, x)
+
+
+def int32(*shape):
+    tensor = torch.full(shape, -7, dtype=torch.int32)
+    return tensor, from_dlpack(tensor)
+
+
+class Native:
+    """the device functions compiled for the CPU, once"""
+
+    def __init__(self):
+        self.prefix, self._prefix = int32(MAX_BATCH + 1)
+        self.cuts, self._cuts = int32(MAX_PARTS + 1, 3)
+        self.candidates, self._candidates = int32(spans.NUM_CANDIDATES)
+        self.bounds, self._bounds = int32(64)
+        self._run_candidates = cute.compile(all_candidates, self._candidates, Int32(1), Int32(1))
+        self._run_bounds = cute.compile(upper_bounds, self._prefix, self._bounds, Int32(1))
+        self._run_cuts = {
+            item_tiles: cute.compile(all_cuts, self._prefix, self._cuts, Int32(1), Int32(1), item_tiles)
+            for item_tiles in (0, 1, 3, 5)
+        }
+
+    def run_cuts(self, prefix, parts, item_tiles):
+        self.prefix[: len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
+        self._run_cuts[item_tiles](self._prefix, self._cuts, len(prefix) - 1, parts)
+        return self.cuts[: parts + 1, :2].tolist(), self.cuts[:parts, 2].tolist()
+
+    def run_candidates(self, max_parts, total):
+        self._run_candidates(self._candidates, max_parts, total)
+        return self.candidates.tolist()
+
+    def run_bounds(self, ascending):
+        self.prefix[: len(ascending)] = torch.tensor(ascending, dtype=torch.int32)
+        self._run_bounds(self._prefix, self._bounds, len(ascending))
+        return self.bounds.tolist()
+
+
+@pytest.fixture(scope="module")
+def native():
+    return Native()
+
+
+@st.composite
+def batches(draw):
+    """(prefix, parts, item_tiles)"""
+    item_tiles = draw(st.sampled_from([0, 1, 3, 5]))
+    tiles = draw(st.lists(st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 100_000)), min_size=1, max_size=MAX_BATCH))
+    prefix = [0]
+    for n in tiles:
+        prefix.append(prefix[-1] + (n + item_tiles if n else 0))
+    return prefix, draw(st.integers(1, MAX_PARTS)), item_tiles
+
+
+@hypothesis.given(batch=batches())
+@hypothesis.settings(max_examples=500)
+def test_cut_and_load_equal_the_twin(native, batch):
+    prefix, parts, item_tiles = batch
+    parts = max(1, min(parts, prefix[-1]))  # as `candidate` bounds it
+    cuts, loads = native.run_cuts(prefix, parts, item_tiles)
+    wanted = [schedule.cut(prefix, p, parts, item_tiles) for p in range(parts + 1)]
+    assert cuts == [list(cut) for cut in wanted]
+    assert loads == schedule.part_loads(prefix, wanted, item_tiles)
+
+
+def test_cut_does_not_overflow(native):
+    """the largest batch of the largest capacity: total * p would not fit 32 bits"""
+    prefix = [i * (2**31 // MAX_BATCH - 1) for i in range(MAX_BATCH + 1)]
+    cuts, _ = native.run_cuts(prefix, MAX_PARTS, 3)
+    assert cuts == [list(schedule.cut(prefix, p, MAX_PARTS, 3)) for p in range(MAX_PARTS + 1)]
+
+
+@hypothesis.given(max_parts=st.integers(1, 1023), total=st.one_of(st.integers(0, 2000), st.integers(0, 2**31 - 1)))
+@hypothesis.settings(max_examples=500)
+def test_candidates_equal_the_twin(native, max_parts, total):
+    wanted = [schedule.candidate(i, max_parts, total) for i in range(schedule.NUM_CANDIDATES)]
+    assert native.run_candidates(max_parts, total) == wanted
+    assert all(1 <= parts <= max(1, min(max_parts, total)) for parts in wanted)
+
+
+@hypothesis.given(ascending=st.lists(st.integers(-3, 70), min_size=1, max_size=MAX_BATCH).map(sorted))
+def test_upper_bound_counts_the_entries_up_to_x(native, ascending):
+    assert native.run_bounds(ascending) == [sum(entry <= x for entry in ascending) for x in range(64)]
+
+
+def test_the_twin_tries_as_many_candidates():
+    assert schedule.NUM_CANDIDATES == spans.NUM_CANDIDATES

@@ -1,0 +1,156 @@
+"""The schedule's Python twin: what every schedule must fulfil, and batches whose best schedule is known."""
+
+import pytest
+
+from flashmla_cute import schedule
+from flashmla_cute.kernels.config import TILE, ScheduleConfig
+from flashmla_cute.schedule import Item, Merge, build_schedule
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+CONFIG = ScheduleConfig(item_tiles=3, tile_cost=20)
+lengths_of = st.lists(st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 70000)), min_size=1, max_size=80)
+
+
+@st.composite
+def problems(draw):
+    """(lengths, row_tiles, max_parts, config, max_tiles)"""
+    config = ScheduleConfig(item_tiles=draw(st.integers(0, 6)), tile_cost=draw(st.integers(0, 60)))
+    max_tiles = draw(st.sampled_from([1, 7, 300, 1 << 30]))
+    return draw(lengths_of), draw(st.integers(1, 8)), draw(st.integers(1, 140)), config, max_tiles
+
+
+def tiles_of(lengths, max_tiles):
+    return [min(-(-length // TILE), max_tiles) for length in lengths]
+
+
+def prefix_of(tiles, item_tiles):
+    prefix = [0]
+    for n in tiles:
+        prefix.append(prefix[-1] + (n + item_tiles if n else 0))
+    return prefix
+
+
+def part_cost(items, item_tiles):
+    return sum(item.end - item.first + item_tiles for item in items)
+
+
+@hypothesis.given(problems())
+def test_every_tile_once_and_in_order(problem):
+    lengths, _, _, _, max_tiles = problem
+    items = build_schedule(*problem).items
+    tiles = [(item.batch, tile) for item in items for tile in range(item.first, item.end)]
+    assert tiles == [(i, tile) for i, n in enumerate(tiles_of(lengths, max_tiles)) for tile in range(n)]
+    assert all(item.first < item.end for item in items)
+    assert all(item.seqlen == min(lengths[item.batch], max_tiles * TILE) for item in items)
+
+
+@hypothesis.given(problems())
+def test_parts_are_consecutive_items(problem):
+    _, _, max_parts, _, _ = problem
+    plan = build_schedule(*problem)
+    assert len(plan.part_begin) == max_parts + 1
+    assert plan.part_begin[0] == 0 and plan.part_begin[-1] == len(plan.items)
+    assert list(plan.part_begin) == sorted(plan.part_begin)
+    assert not any(plan.part(p) for p in range(plan.num_parts, max_parts))
+
+
+@hypothesis.given(problems())
+def test_pieces_have_slots_of_their_own_and_are_merged(problem):
+    lengths, _, max_parts, _, _ = problem
+    plan = build_schedule(*problem)
+    slots = [item.slot for item in plan.items if item.slot >= 0]
+    assert len(set(slots)) == len(slots)
+    assert all(0 <= slot < schedule.num_slots(max_parts) for slot in slots)
+    pieces = {i: [item for item in plan.items if item.batch == i] for i in range(len(lengths))}
+    assert all((item.slot < 0) == (len(mine) == 1) for mine in pieces.values() for item in mine)
+    merged = {merge.batch: merge.slots() for merge in plan.merges}
+    assert len(merged) == len(plan.merges)
+    wanted = {i: [item.slot for item in mine] for i, mine in pieces.items() if len(mine) != 1}
+    assert merged == wanted  # split requests in the order of their pieces; a request without tokens merges nothing
+
+
+@hypothesis.given(problems())
+def test_no_two_pieces_of_a_request_in_one_part(problem):
+    plan = build_schedule(*problem)
+    for p in range(plan.num_parts):
+        batches = [item.batch for item in plan.part(p)]
+        assert len(set(batches)) == len(batches)
+
+
+@hypothesis.given(problems())
+def test_load_balance(problem):
+    """Cuts lie ceil(total / parts) apart at most.  Moving to a request's edge takes one at most snap - 1 on, or
+    snap - 1 + item_tiles back (over the edge's own item), and a part that begins inside a request pays for one item more:
+    so no part is longer than the mean, rounded up, + item_tiles + 2 (snap - 1)."""
+    lengths, _, _, config, max_tiles = problem
+    plan = build_schedule(*problem)
+    total = prefix_of(tiles_of(lengths, max_tiles), config.item_tiles)[-1]
+    snap = max(min(total // plan.num_parts // 8, config.item_tiles), 1)
+    longest = max(part_cost(plan.part(p), config.item_tiles) for p in range(plan.num_parts))
+    assert longest <= -(-total // plan.num_parts) + config.item_tiles + 2 * (snap - 1)
+
+
+@hypothesis.given(problems())
+def test_chooses_the_cheapest_candidate(problem):
+    """its cost, counted on the items it lists, is that of no other number of parts beaten"""
+    lengths, row_tiles, max_parts, config, max_tiles = problem
+    plan = build_schedule(*problem)
+    prefix = prefix_of(tiles_of(lengths, max_tiles), config.item_tiles)
+
+    def cost_of(parts):
+        cuts = [schedule.cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)]
+        longest = max(schedule.part_loads(prefix, cuts, config.item_tiles))
+        return longest * config.tile_cost + schedule.count_pieces(cuts) * row_tiles
+
+    longest = max(part_cost(plan.part(p), config.item_tiles) for p in range(plan.num_parts))
+    pieces = sum(item.slot >= 0 for item in plan.items)
+    tried = [schedule.candidate(i, max_parts, prefix[-1]) for i in range(schedule.NUM_CANDIDATES)]
+    assert longest * config.tile_cost + pieces * row_tiles == min(map(cost_of, tried))
+    assert max_parts in tried or prefix[-1] < max_parts
+
+
+@pytest.mark.parametrize("requests_per_part", [1, 2, 5])
+def test_a_uniform_batch_that_divides_evenly_is_not_split(requests_per_part):
+    lengths = [4096] * (66 * requests_per_part)
+    plan = build_schedule(lengths, row_tiles=2, max_parts=66, config=CONFIG)
+    assert plan.merges == ()
+    assert [len(plan.part(p)) for p in range(66)] == [requests_per_part] * 66
+
+
+def test_one_long_request_is_split_over_all():
+    tiles = 132 * 50 - CONFIG.item_tiles
+    plan = build_schedule([tiles * TILE], row_tiles=1, max_parts=132, config=CONFIG)
+    assert plan.num_parts == 132 and [len(plan.part(p)) for p in range(132)] == [1] * 132
+    assert plan.merges == (Merge(0, 0, 132),)
+    assert {item.end - item.first for item in plan.items} == {47, 50}  # the first part pays for the item itself
+
+
+@pytest.mark.parametrize("length", [1, 63, 64])
+def test_a_single_tile_is_not_split(length):
+    plan = build_schedule([length], row_tiles=1, max_parts=132, config=CONFIG)
+    assert plan.items == (Item(0, 0, 1, -1, length),) and plan.merges == ()
+
+
+def test_one_part_never_splits():
+    plan = build_schedule([70, 0, 4096, 1], row_tiles=4, max_parts=1, config=CONFIG)
+    assert plan.items == (Item(0, 0, 2, -1, 70), Item(2, 0, 64, -1, 4096), Item(3, 0, 1, -1, 1))
+    assert plan.part_begin == (0, 3) and plan.merges == (Merge(1, 0, 0),)
+
+
+def test_requests_without_tokens_have_no_items_and_one_empty_merge():
+    plan = build_schedule([0, 0, 0], row_tiles=1, max_parts=4, config=CONFIG)
+    assert plan.items == () and plan.part_begin == (0,) * 5
+    assert plan.merges == (Merge(0, 0, 0), Merge(1, 0, 0), Merge(2, 0, 0))
+
+
+def test_a_length_beyond_the_table_is_cut_to_it():
+    plan = build_schedule([1000, 70], row_tiles=1, max_parts=1, config=CONFIG, max_tiles=3)
+    assert plan.items == (Item(0, 0, 3, -1, 192), Item(1, 0, 2, -1, 70))
+
+
+def test_more_pieces_cost_more_row_tiles():
+    """the same request in fewer pieces when each of them is merged for more rows"""
+    pieces = [len(build_schedule([8192], row_tiles=n, max_parts=66, config=CONFIG).items) for n in (1, 4, 16, 64)]
+    assert pieces == sorted(pieces, reverse=True) and pieces[-1] < pieces[0]

@@ -1,0 +1,74 @@
+"""The compiled functions in plain Python on CPU tensors, with their arguments: so that all around them runs without a GPU.
+
+What they compute comes from the arguments alone, in float64: the schedule's records, pages, strides and the mask all count.
+"""
+
+import torch
+
+from flashmla_cute import checks, compile, ops, plan
+from flashmla_cute.kernels.parts.work import BEGIN, COUNT
+from flashmla_cute.reference import emulate_decode
+from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
+
+NUM_SMS = 6  # of the card that there is not: few, so that small batches are split
+
+
+def get(op: type, config):
+    """instead of compile.get"""
+    make = {ops.DecodeOp: _decode, ops.ScheduleOp: _schedule, ops.AppendOp: _append}[op]
+    return make(config)
+
+
+def install(monkeypatch):
+    """CPU tensors pass for those of a Hopper GPU"""
+    monkeypatch.setattr(checks, "is_hopper", lambda name, tensor: None)
+    monkeypatch.setattr(plan, "num_sms", lambda index: NUM_SMS)
+    monkeypatch.setattr(compile, "get", get)
+
+
+def _schedule(config):
+    def launch(cache_seqlens, items, parts, merges, row_tiles, max_tiles):
+        made = build_schedule(cache_seqlens.tolist(), row_tiles, parts.shape[0], config, max_tiles)
+        for tensor in (items, parts, merges):
+            tensor.zero_()
+        for i, item in enumerate(made.items):
+            items[i, :5] = torch.tensor([item.batch, item.first, item.end, item.slot, item.seqlen])
+        for p, begin in enumerate(made.part_begin[:-1]):
+            count = made.part_begin[p + 1] - begin
+            if count:
+                parts[p] = items[begin]
+            parts[p, BEGIN], parts[p, COUNT] = begin, count
+        merges[0, 0] = len(made.merges)
+        for i, merge in enumerate(made.merges):
+            merges[1 + i, :3] = torch.tensor([merge.batch, merge.first_slot, merge.pieces])
+
+    return launch
+
+
+def read_schedule(items: torch.Tensor, parts: torch.Tensor, merges: torch.Tensor) -> Schedule:
+    begins = [*parts[:, BEGIN].tolist(), int(parts[-1, BEGIN] + parts[-1, COUNT])]
+    listed = tuple(Item(*record[:5]) for record in items[: begins[-1]].tolist())
+    merged = tuple(Merge(*row[:3]) for row in merges[1 : 1 + int(merges[0, 0])].tolist())
+    return Schedule(listed, tuple(begins), merged, int((parts[:, COUNT] > 0).sum()))
+
+
+def _decode(config):
+    def launch(q, pool, block_table, items, parts, merges, *outputs):
+        out, lse, o_split, lse_split, softmax_scale, _ = outputs
+        made = read_schedule(items, parts, merges)
+        results = emulate_decode(q, pool, block_table, made, softmax_scale, config.causal, config.kv.latent)
+        out.copy_(results[0])
+        lse.copy_(results[1])
+        o_split.zero_()  # (written on the GPU too, with what nobody may rely on)
+        lse_split.zero_()
+
+    return launch
+
+
+def _append(_config):
+    def launch(latent, rope, slots, pool):
+        for token, slot in enumerate(slots.tolist()):
+            if 0 <= slot < pool.shape[0] * pool.shape[1]:
+                pool[slot // pool.shape[1], slot % pool.shape[1]] = torch.cat([latent[token], rope[token]], -1)
+
+    return launch

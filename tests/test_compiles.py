@@ -1,0 +1,77 @@
+"""Every preset compiles for sm_90a, without a GPU, within the budgets; and configurations that break a budget are caught.
+
+Spills, ignored setmaxnreg and serialised WGMMAs leave the results right: only these gates see them.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from flashmla_cute import ops, resources
+from flashmla_cute.kernels.config import FORMATS, LAUNCH_REGISTERS, PRESETS, SMEM_LIMIT, MLAConfig, ScheduleConfig
+
+OTHERS = MLAConfig(split="float32"), MLAConfig(lane_arrivals=True)
+DECODE = [ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)]
+SCHEDULE = [ops.ScheduleOp(ScheduleConfig())]
+APPEND = [ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()]
+STARVED = ops.DecodeOp(replace(PRESETS[0], value_registers=152))
+TOO_MANY_STAGES = ops.DecodeOp(replace(PRESETS[0], stages=4))
+
+
+def label(op):
+    return f"{op.name}-{op.config.name}"
+
+
+@pytest.fixture(scope="session")
+def gate():
+    """op -> what its compile says; every op once, two at a time, each in its own process"""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = {op: pool.submit(resources.gate, op) for op in (*DECODE, *SCHEDULE, *APPEND, STARVED, TOO_MANY_STAGES)}
+        yield lambda op: started[op].result()
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------- budgets
+@pytest.mark.parametrize("op", [*DECODE, *SCHEDULE, *APPEND], ids=label)
+def test_fits(gate, op):
+    result = gate(op)
+    assert result.spill_bytes == 0
+    assert [kernel for kernel in result.kernels.values() if kernel.frame] == []
+    assert result.advisories == ()
+    assert result.smem <= SMEM_LIMIT
+
+
+@pytest.mark.parametrize("op", DECODE, ids=label)
+def test_decode_launches_with_the_registers_that_setmaxnreg_moves(gate, op):
+    kernels = gate(op).kernels
+    assert set(kernels) == {"DenseDecode", "Combine"}
+    assert kernels["DenseDecode"].registers == LAUNCH_REGISTERS
+    assert kernels["DenseDecode"].smem > SMEM_LIMIT // 2, "the register budgets assume one CTA an SM"
+
+
+@pytest.mark.parametrize("op", SCHEDULE, ids=label)
+def test_schedule_fits_its_thousand_threads(gate, op):
+    kernels = gate(op).kernels
+    assert set(kernels) == {"BuildSchedule"}
+    assert kernels["BuildSchedule"].registers * op.config.num_threads <= 65536
+    assert kernels["BuildSchedule"].smem > 8 * op.config.max_batch, "prefix sums lie in shared memory"
+
+
+# ---------------------------------------------------------------------- every gate can trip
+def test_ignored_setmaxnreg_is_seen(gate):
+    assert any("setmaxnreg" in text and "ignored" in text for text in gate(STARVED).advisories)
+
+
+def test_serialised_wgmma_is_seen(gate):
+    assert any("wgmma" in text and "serialized" in text for text in gate(STARVED).advisories)
+
+
+def test_spills_are_seen(gate):
+    assert gate(STARVED).spill_bytes > 0
+    assert gate(STARVED).kernels["DenseDecode"].frame > 0
+
+
+def test_too_much_shared_memory_does_not_compile(gate):
+    with pytest.raises(RuntimeError, match=rf"\d+ bytes of shared memory, {SMEM_LIMIT} allowed"):
+        gate(TOO_MANY_STAGES)
