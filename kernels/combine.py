@@ -2,7 +2,7 @@
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
-A unit of work is 32 vectors of 16 bytes of one (request to merge, query token, head): one vector a lane, 5 pieces in flight.
+A unit of work is 32 vectors of 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
 A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
 thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py wrote;
 a step without splits costs an empty launch, overlapped with the decode kernel's tail.
@@ -21,7 +21,7 @@ from .parts.work import MERGE
 
 WARPS = 8  # of a CTA
 VECTOR_BYTES = 16  # of a lane
-IN_FLIGHT = 5  # pieces a lane loads before it uses the first
+IN_FLIGHT = 4  # pieces a lane loads before it uses the first
 LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
 CTAS_PER_SM = 4  # all resident at once: the grid is at most this many for each SM
 LEAST = -1e30  # a maximum to start from; finite, so that -inf - LEAST is no NaN
