@@ -1,6 +1,7 @@
 """The card and the software a number belongs to: device, clocks, power, reasons to throttle, versions, commit."""
 
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -74,6 +75,23 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def identity(gpu: bool = True) -> dict:
+    """what every stored result begins with; without `gpu`, device is "none" and driver None"""
+    driver = None
+    if gpu:
+        try:
+            driver = ask("driver_version")
+        except RuntimeError as error:
+            driver = f"unknown ({error})"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "none",
+        "driver": driver,
+        **commit(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 # ---------------------------------------------------------------------- nvidia-smi
@@ -173,3 +191,12 @@ class Sampler:
         masks = [sample.reasons for sample in inside if sample.reasons is not None]
         result["reasons"] = [name for bit, name in REASONS.items() if any(mask & bit for mask in masks)] if masks else None
         return result
+
+
+def clocks_now() -> dict | None:
+    """one look at the card, for runs whose numbers a Sampler beside them would disturb; None: nvidia-smi does not answer"""
+    begin = time.monotonic()
+    with Sampler() as sampler:
+        while sampler.absent is None and not sampler.samples and time.monotonic() < begin + 3.0:
+            time.sleep(SAMPLE_S)
+    return sampler.summary(begin, time.monotonic())

@@ -1,6 +1,7 @@
 """The compile cache: memory, disk, damaged objects, no directory, several processes.  With the smallest kernel, 0.3 s."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cute import compile, ops
+from flashmla_cute import compile, ops, resources, store
 from flashmla_cute.kernels.config import FORMATS, MLAConfig, ScheduleConfig
 
 CONFIG = MLAConfig(causal=False)
+ANOTHER_CONFIG = MLAConfig(kv=FORMATS["float16"], causal=False)
 ROOT = Path(__file__).parents[2]
 # gets the kernel, and says how often this process compiled
 GET = """
@@ -67,9 +69,9 @@ def test_disk_hit_in_another_process(compile_cache):
 
 
 def test_processes_that_start_cold_compile_once(compile_cache):
-    processes = [start_process(compile_cache) for _ in range(3)]
+    processes = [start_process(compile_cache) for _ in range(4)]
     outputs = sorted(process.communicate()[0] for process in processes)
-    assert outputs == ["compiled 0\n", "compiled 0\n", "compiled 1\n"]
+    assert outputs == ["compiled 0\n"] * 3 + ["compiled 1\n"]
     assert len(objects(compile_cache)) == 1
 
 
@@ -150,3 +152,151 @@ def test_the_default_directory(monkeypatch):
     assert compile.cache_dir() == Path("/nobody/.cache/flashmla_cute")
     monkeypatch.setenv(compile.CACHE_VARIABLE, "/elsewhere")
     assert compile.cache_dir() == Path("/elsewhere")
+
+
+# ---------------------------------------------------------------------- wrong objects
+def test_a_valid_object_of_another_configuration_is_replaced(compiles, compile_cache):
+    """under this name, with a record that fits its bytes: it lacks the symbol"""
+    for config in (CONFIG, ANOTHER_CONFIG):
+        compile.get(ops.AppendOp, config)
+    forget()
+    path, other = (compile_cache / compile._file_name(ops.AppendOp(config)) for config in (CONFIG, ANOTHER_CONFIG))
+    for part, of_other in ((path, other), (store.record_path(path), store.record_path(other))):
+        part.write_bytes(of_other.read_bytes())
+    assert callable(compile.get(ops.AppendOp, CONFIG)) and len(compiles) == 3
+
+
+def test_flipped_bits_are_seen(compiles, compile_cache):
+    """in the cubin, where they would load and run"""
+    compile.get(ops.AppendOp, CONFIG)
+    forget()
+    (path,) = compile_cache.glob("*.o")
+    whole = path.read_bytes()
+    at = whole.index(resources.embedded_cubin(whole)[:64]) + 2000
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert callable(compile.get(ops.AppendOp, CONFIG)) and len(compiles) == 2 and path.read_bytes() == whole
+
+
+def test_an_object_without_record_is_replaced(compiles, compile_cache):
+    compile.get(ops.AppendOp, CONFIG)
+    forget()
+    for record in compile_cache.glob("*.json"):
+        record.unlink()
+    assert not compile.is_cached(ops.AppendOp, CONFIG)
+    assert callable(compile.get(ops.AppendOp, CONFIG)) and len(compiles) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_read(compiles, compile_cache, monkeypatch):
+    compile.get(ops.AppendOp, CONFIG)
+    forget()
+
+    def refuse(*arguments):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(store, "lock", refuse)  # (root may write anywhere)
+    assert callable(compile.get(ops.AppendOp, CONFIG)) and compiles == [CONFIG]
+    assert callable(compile.get(ops.AppendOp, ANOTHER_CONFIG)) and compiles == [CONFIG, ANOTHER_CONFIG]
+
+
+def test_a_full_disk_still_works(compiles, compile_cache, monkeypatch):
+    replace_file = os.replace
+
+    def fill(source, target):
+        if Path(target).parent == compile_cache:
+            raise OSError(28, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", fill)
+    assert callable(compile.get(ops.AppendOp, CONFIG))
+    assert objects(compile_cache) == [] and not list(compile_cache.glob(f"{store.UNFINISHED}*"))
+
+
+# ---------------------------------------------------------------------- several at once
+def compiled_by(cache) -> set[str]:
+    """configurations in the cache"""
+    return {entry.config for entry in store.entries(cache)}
+
+
+def test_get_many_compiles_in_processes(compiles, compile_cache):
+    wanted = [(ops.AppendOp, CONFIG), (ops.AppendOp, ANOTHER_CONFIG), (ops.AppendOp, CONFIG)]
+    functions = compile.get_many(wanted)
+    assert len(functions) == 3 and functions[0] is functions[2] is not functions[1]
+    assert compiles == [], "nothing was compiled in this process"
+    assert compiled_by(compile_cache) == {CONFIG.name, ANOTHER_CONFIG.name}
+
+
+def test_get_many_raises_what_the_compiler_raises(compile_cache):
+    with pytest.raises(Exception, match="strictly positive"):
+        compile.get_many([(ops.AppendOp, CONFIG), (ops.ScheduleOp, ScheduleConfig(num_threads=0))])
+    assert compiled_by(compile_cache) == {CONFIG.name}, "the others are there"
+
+
+def test_get_many_without_a_cache(compiles, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compile.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    assert len(compile.get_many([(ops.AppendOp, CONFIG), (ops.AppendOp, ANOTHER_CONFIG)])) == 2
+    assert compiles == [CONFIG, ANOTHER_CONFIG], "each once: processes would have compiled them for nothing"
+
+
+# ---------------------------------------------------------------------- the command
+@pytest.fixture
+def command(compile_cache, capsys, monkeypatch):
+    """runs `flashmla-cute`; returns exit status and output"""
+    pytest.importorskip("rich")
+    from flashmla_cute import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        status = cli.main(arguments)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_compile_fills_the_cache(command, compile_cache):
+    for told in ("2 configurations: 2 compiled in", "2 configurations: 0 compiled in"):
+        status, output = command("compile", "append", "append:kv=float16")
+        assert status == 0 and told in output
+        forget()
+    assert compiled_by(compile_cache) == {CONFIG.name, ANOTHER_CONFIG.name}
+
+
+def test_list_and_clear(command, compile_cache, monkeypatch):
+    assert command("cache", "list") == (0, f"{compile_cache}: 0 objects, 0.0 MB\n")
+    compile.get(ops.AppendOp, CONFIG)
+    environment = compile._environment_key()
+    with monkeypatch.context() as patch:
+        patch.setattr(compile, "_environment_key", lambda: {**environment, "dsl": "4.0.0"})
+        compile.get(ops.AppendOp, ANOTHER_CONFIG)
+    status, output = command("cache", "list")
+    assert status == 0 and f"{compile_cache}: 2 objects" in output
+    assert re.search(rf"append +{CONFIG.name} +\d+ +\d+ s +current", output)
+    assert re.search(rf"append +{ANOTHER_CONFIG.name} +\d+ +\d+ s +stale", output)
+
+    assert "1 objects removed" in command("cache", "clear")[1] and compiled_by(compile_cache) == {CONFIG.name}
+    (compile_cache / f"{store.UNFINISHED}killed").mkdir()
+    assert "1 objects removed" in command("cache", "clear", "--all")[1] and list(compile_cache.iterdir()) == []
+
+
+def test_verify_reports_damaged_objects(command, compile_cache):
+    for config in (CONFIG, ANOTHER_CONFIG):
+        compile.get(ops.AppendOp, config)
+    status, output = command("cache", "verify")
+    assert status == 0 and output.endswith("Every object loads and has its symbol.\n")
+    path = compile_cache / compile._file_name(ops.AppendOp(CONFIG))
+    path.write_bytes(path.read_bytes()[:-1000])
+    status, output = command("cache", "verify")
+    assert status == 1 and f"{path.name}: has other bytes" in output
+    assert len(re.findall(r"damaged *$", output, re.MULTILINE)) == 1
+    assert path.exists(), "verify only reports"
+
+
+def test_verify_sees_an_object_under_another_name(command, compile_cache):
+    for config in (CONFIG, ANOTHER_CONFIG):
+        compile.get(ops.AppendOp, config)
+    path, other = (compile_cache / compile._file_name(ops.AppendOp(config)) for config in (CONFIG, ANOTHER_CONFIG))
+    for part, of_other in ((path, other), (store.record_path(path), store.record_path(other))):
+        part.write_bytes(of_other.read_bytes())
+    status, output = command("cache", "verify")
+    assert status == 1 and "its record is the record of another object" in output

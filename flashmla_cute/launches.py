@@ -1,0 +1,330 @@
+"""What the host code of a compiled op passes to each of its kernels, read from the DSL's own lowering and from the cubin.
+
+It is what a launch without the DSL must do again (examples/cubin_launch.py): block, dynamic shared memory, launch attributes,
+and the kernel's parameters with their fields.  Offsets of parameters are the cubin's (EIATTR_KPARAM_INFO); offsets within one
+follow from the type that the host code stores, and both must agree on its size.
+"""
+
+import inspect
+import re
+import struct
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+
+from . import resources
+from .kernels import append, combine, dense_decode, schedule
+
+EIATTR_KPARAM_INFO, EIATTR_REQNTID = 0x17, 0x10
+MODULES = {"DenseDecode": dense_decode, "Combine": combine, "BuildSchedule": schedule, "Append": append}
+SCALARS = {"i32": ("i32", 4), "i64": ("i64", 8), "f32": ("f32", 4), "ptr": ("pointer", 8), "ptr<1>": ("pointer", 8)}
+TENSOR_MAP_TYPE = "array<16 x i64>"
+ATTRIBUTES = {2: "cooperative", 6: "programmatic_stream_serialization"}  # of cudaLaunchAttributeID
+CLUSTER = 4  # cudaLaunchAttributeClusterDimension
+GRIDS = {
+    "DenseDecode": "x: 64-row tiles of a request (kernels/parts/rows.py: num_row_tiles); y: parts.shape[0]; z: 1",
+    "Combine": "x: min(batch * query tokens * heads * 2 with float16 partials (* 4 with float32), "
+    f"{combine.CTAS_PER_SM} * SMs); y, z: 1",
+    "BuildSchedule": "one CTA",
+    "Append": f"x: ceil(tokens * kv heads / {append.WARPS}); y, z: 1",
+}
+LAUNCH_ATTRIBUTE = re.escape("!llvm.struct<(i32, array<4 x i8>, array<64 x i8>)>")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """one launch of the host code, as written there"""
+
+    symbol: str
+    block: tuple[int, ...]
+    dynamic_smem: int
+    attributes: tuple[tuple[int, int], ...]  # (cudaLaunchAttributeID, value)
+    parameters: tuple[tuple[str, str], ...]  # (LLVM type, SSA value)
+
+
+# ---------------------------------------------------------------------- host code
+class _Reader:
+    """The launches in the LLVM dialect text of an op's host code.  A launch fills its config and an array of pointers to copies
+    of the arguments, then names its kernel, then calls; values are numbered per function."""
+
+    def __init__(self):
+        self.launches: list[Launch] = []
+        self._new_function()
+
+    def _new_function(self):
+        self.constants: dict[str, int] = {}
+        self.copies: dict[str, tuple[str, str]] = {}  # alloca -> (type, value)
+        self.places: dict[str, tuple] = {}  # pointer -> what a store through it sets
+        self._new_launch()
+
+    def _new_launch(self):
+        self.block, self.smem, self.attributes, self.parameters, self.symbol = {}, 0, [], {}, ""
+
+    def line(self, text: str):
+        if text.startswith("  llvm.func"):
+            self._new_function()
+        elif found := re.match(r"\s*(%\w+) = llvm\.mlir\.constant\((-?\d+) : i\d+\)", text):
+            self.constants[found[1]] = int(found[2])
+        elif found := re.match(rf"\s*(%\w+) = llvm\.getelementptr %\w+\[0, ([\d, ]+)\] : .*{resources.LAUNCH_CONFIG}$", text):
+            self.places[found[1]] = ("config", *map(int, found[2].split(", ")))
+        elif found := re.match(rf"\s*(%\w+) = llvm\.getelementptr %\w+\[0, (\d)\] : .*{LAUNCH_ATTRIBUTE}$", text):
+            self.places[found[1]] = ("attribute", int(found[2]))
+        elif found := re.match(r"\s*(%\w+) = llvm\.getelementptr %\w+\[(%\w+)\] : .* -> !llvm\.ptr, !llvm\.ptr$", text):
+            self.places[found[1]] = ("parameter", self.constants.get(found[2]))
+        elif found := re.match(r"\s*llvm\.store (%\w+), (%\w+) : (.*), !llvm\.ptr$", text):
+            self._store(*found.groups())
+        elif found := re.match(r"\s*%\w+ = llvm\.mlir\.addressof @kernels_(kernel_\w+) ", text):
+            self.symbol = found[1]
+        elif "llvm.call @_cudaLaunchKernelEx(" in text:
+            self._launch()
+
+    def _store(self, value: str, pointer: str, kind: str):
+        place = self.places.get(pointer)
+        if place is None:
+            self.copies[pointer] = (kind.removeprefix("!llvm."), value)
+        elif place[:2] == ("config", 1):
+            self.block[place[2]] = self.constants[value]
+        elif place == ("config", 2):
+            self.smem = self.constants[value]
+        elif place == ("attribute", 0):
+            self.attributes.append([self.constants[value], 0])
+        elif place == ("attribute", 2):
+            self.attributes[-1][1] = self.constants[value]
+        elif place[0] == "parameter":
+            self.parameters[place[1]] = self.copies[value]
+
+    def _launch(self):
+        block = tuple(self.block[axis] for axis in range(3))
+        parameters = tuple(self.parameters[i] for i in range(len(self.parameters)))
+        attributes = tuple(map(tuple, self.attributes))
+        self.launches.append(Launch(self.symbol, block, self.smem, attributes, parameters))
+        self._new_launch()
+
+
+def read_launches(host_code: str) -> list[Launch]:
+    """in the order of the calls"""
+    reader = _Reader()
+    for line in host_code.splitlines():
+        reader.line(line)
+    return reader.launches
+
+
+# ---------------------------------------------------------------------- types of parameters
+def _parts(body: str) -> list[str]:
+    """the comma-separated types of a struct's body"""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(body):
+        depth += (character in "<(") - (character in ">)")
+        if character == "," and depth == 0:
+            parts.append(body[start:i].strip())
+            start = i + 1
+    return [part for part in (*parts, body[start:].strip()) if part]
+
+
+def flatten(kind: str, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str, int, int]]:
+    """(path, type, size, alignment) of every scalar of an LLVM type; raises ValueError for one that no kernel of ours takes"""
+    if kind in SCALARS:
+        name, size = SCALARS[kind]
+        yield path, name, size, size
+    elif kind == TENSOR_MAP_TYPE:
+        yield path, "tensor map", 128, 64
+    elif kind.startswith("struct<(") and kind.endswith(")>"):
+        for i, part in enumerate(_parts(kind[len("struct<(") : -len(")>")])):
+            yield from flatten(part, (*path, i))
+    else:
+        raise ValueError(f"a kernel parameter of type {kind}")
+
+
+def layout(kind: str) -> tuple[list[dict], int]:
+    """fields of a parameter with their offsets, and its size"""
+    found, at, widest = [], 0, 1
+    for path, name, size, alignment in flatten(kind):
+        at = -(-at // alignment) * alignment
+        found.append({"path": path, "type": name, "offset": at, "size": size})
+        at, widest = at + size, max(widest, alignment)
+    return found, -(-at // widest) * widest
+
+
+# ---------------------------------------------------------------------- cubin
+def parameter_offsets(cubin: bytes) -> dict[str, list[tuple[int, int]]]:
+    """(offset, size) of the parameters of each kernel, in order"""
+    return {
+        symbol: [
+            (offset, flags >> 18)
+            for _, _, offset, flags in sorted(
+                (struct.unpack("<IHHI", value) for attribute, value in attributes if attribute == EIATTR_KPARAM_INFO),
+                key=lambda entry: entry[1],
+            )
+        ]
+        for symbol, attributes in _kernel_attributes(cubin).items()
+    }
+
+
+def required_blocks(cubin: bytes) -> dict[str, tuple[int, ...]]:
+    return {
+        symbol: struct.unpack("<3I", value)
+        for symbol, attributes in _kernel_attributes(cubin).items()
+        for attribute, value in attributes
+        if attribute == EIATTR_REQNTID
+    }
+
+
+def _kernel_attributes(cubin: bytes) -> dict[str, list[tuple[int, bytes]]]:
+    prefix = ".nv.info."
+    return {
+        section.name.removeprefix(prefix): list(resources._attributes(section.data))
+        for section in resources._sections(cubin)
+        if section.name.startswith(prefix)
+    }
+
+
+def trimmed_cubin(data: bytes) -> bytes:
+    """the cubin inside an exported object, without what follows it there"""
+    cubin = resources.embedded_cubin(data)
+    program_at, sections_at = struct.unpack_from("<2Q", cubin, 32)
+    program_size, programs, section_size, sections = struct.unpack_from("<4H", cubin, 54)
+    headers = [struct.unpack_from("<2I4Q2I2Q", cubin, sections_at + section_size * i) for i in range(sections)]
+    nobits = 8  # SHT_NOBITS: a size, no bytes
+    ends = [offset + size for _, kind, _, _, offset, size, *_ in headers if kind != nobits]
+    return cubin[: max(*ends, program_at + program_size * programs, sections_at + section_size * sections)]
+
+
+# ---------------------------------------------------------------------- description
+def describe(op, compiled, cubin: bytes) -> list[dict]:
+    """One JSON object a kernel, in launch order.  Raises ValueError where host code and cubin disagree."""
+    facts, offsets, blocks = resources.from_cubin(cubin), parameter_offsets(cubin), required_blocks(cubin)
+    carveouts = {symbol: _carveout(attributes) for symbol, attributes in (compiled.kernel_info or {}).items()}
+    described = []
+    for launch in read_launches(str(compiled.ir_module)):
+        kernel = facts[launch.symbol]
+        if blocks[launch.symbol] != launch.block:
+            raise ValueError(f"{kernel.name}: block {launch.block} in the host code, {blocks[launch.symbol]} in the cubin")
+        if CLUSTER in dict(launch.attributes):
+            raise ValueError(f"{kernel.name}: the description has no words for clusters yet")
+        attributes = {ATTRIBUTES.get(number, f"attribute {number}"): value for number, value in launch.attributes}
+        described.append(
+            {
+                "kernel": kernel.name,
+                "symbol": launch.symbol,
+                "grid": GRIDS.get(kernel.name, "see the kernel's __call__"),
+                "block": list(launch.block),
+                "cluster": None,
+                "programmatic_dependent_launch": bool(attributes.get("programmatic_stream_serialization")),
+                "launch_attributes": attributes,
+                "static_smem": kernel.static_smem,
+                "dynamic_smem": launch.dynamic_smem,
+                "preferred_smem_carveout": carveouts.get(launch.symbol),
+                "registers": kernel.registers,
+                "parameters": list(_parameters(op, kernel.name, launch, offsets[launch.symbol])),
+                "tensor_maps": tensor_maps(op.config) if kernel.name == "DenseDecode" else {},
+            }
+        )
+    return described
+
+
+def _carveout(attributes: dict) -> int | None:
+    return next((value for key, value in attributes.items() if key.name.endswith("PREFERRED_SHARED_MEMORY_CARVEOUT")), None)
+
+
+def _leaves(arguments: type, prefix: str = "") -> Iterator[str]:
+    """names of the leaves of a kernel's Args"""
+    hints = typing.get_type_hints(arguments)
+    for field in fields(arguments):
+        inner = hints[field.name]
+        if is_dataclass(inner):
+            yield from _leaves(inner, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _parameters(op, kernel: str, launch: Launch, offsets: list[tuple[int, int]]) -> Iterator[dict]:
+    if len(offsets) != len(launch.parameters):
+        raise ValueError(f"{kernel}: {len(launch.parameters)} parameters in the host code, {len(offsets)} in the cubin")
+    names = list(_leaves(MODULES[kernel].Args)) if kernel in MODULES else []
+    if len(names) != len(offsets):  # (a leaf that is all static passes nothing)
+        names = [f"parameter {i}" for i in range(len(offsets))]
+    for name, (offset, size), (kind, value) in zip(names, offsets, launch.parameters):
+        found, own_size = layout(kind)
+        if own_size != size:
+            raise ValueError(f"{kernel} {name}: {own_size} bytes in the host code, {size} in the cubin")
+        source, tensor = _source(op, value)
+        named = [{**field, "name": _field_name(field["path"], field["type"], tensor)} for field in found]
+        for field in named:
+            del field["path"]
+        shown = {} if tensor is None else {"shape": _modes(tensor.shape), "stride": _modes(tensor.stride)}
+        yield {"name": name, "offset": offset, "size": size, "argument": source, **shown, "fields": named}
+
+
+def _source(op, value: str):
+    """(name, fake tensor) of the op's argument that a parameter is; (None, None) for one that the host code computes"""
+    if not value.startswith("%arg"):
+        return None, None
+    index, arguments = int(value.removeprefix("%arg")), op.fake_args()
+    names = list(inspect.signature(type(op).__call__).parameters)[1:]
+    return names[index], arguments[index] if hasattr(arguments[index], "stride") else None
+
+
+def _modes(extents) -> list:
+    """extents of a fake tensor: an integer is fixed at compile time"""
+    return [extent if isinstance(extent, int) else "?" for extent in extents]
+
+
+def _field_name(path: tuple[int, ...], kind: str, tensor) -> str:
+    """a tensor is (pointer, (shape, stride)) of the extents that are not fixed at compile time"""
+    if len(path) < 2:
+        return "pointer" if path else "value"
+    if kind == "tensor map":
+        return "descriptor"
+    what, index = ("shape", "stride")[path[1]], path[2] if len(path) > 2 else 0
+    if tensor is None:
+        return f"{what}_{index}"
+    free = [mode for mode, extent in enumerate(getattr(tensor, what)) if not isinstance(extent, int)]
+    return f"{what}[{free[index]}]"
+
+
+def tensor_maps(config) -> dict[str, dict]:
+    """How the decode kernel's TMA descriptors are encoded, by parameter.  Extents and strides are in elements, as expressions
+    of the op's arguments; a box has as many elements along each axis as one instruction moves.  Axes of which it takes one
+    element come last, in the order in which the kernel gives coordinates.  tests/runtime/test_export.py holds the boxes to
+    those that the host code encodes."""
+    block, blocks = dense_decode.BLOCK, config.latent_blocks
+    tail = dense_decode.Q_BLOCKS * block
+    return {
+        "q.atom": _tensor_map(config, "q", 0, _query_axes(config, blocks)),
+        "q_tail.atom": _tensor_map(config, "q", tail, _query_axes(config, 2)),
+        "latent.atom": _tensor_map(config, "cache", 0, _cache_axes(config, blocks)),
+        "rope.atom": _tensor_map(config, "cache", config.kv.latent, _cache_axes(config, 1)),
+    }
+
+
+def _axis(extent, stride, box: int = 1) -> dict:
+    return {"extent": extent, "stride": stride, "box": box}
+
+
+def _query_axes(config, blocks: int) -> list[dict]:
+    heads, tokens = config.row_modes
+    if config.head_tile == 0:
+        rows = [_axis("q.shape[1] * q.shape[2]", "q.stride[2]", heads)]
+    else:
+        rows = [_axis("q.shape[2]", "q.stride[2]", heads), _axis("q.shape[1]", "q.stride[1]", tokens)]
+    return [*rows, _axis(blocks, dense_decode.BLOCK, blocks), _axis("q.shape[0]", "q.stride[0]")]
+
+
+def _cache_axes(config, blocks: int) -> list[dict]:
+    outer = [_axis("cache.shape[2]", "cache.stride[2]"), _axis("cache.shape[0]", "cache.stride[0]")]
+    columns = [_axis(blocks, dense_decode.BLOCK, blocks)] if blocks > 1 else []
+    return [_axis(config.page, "cache.stride[1]", config.page), *columns, *outer]
+
+
+def _tensor_map(config, argument: str, first_column: int, axes: list[dict]) -> dict:
+    block = dense_decode.BLOCK
+    moved, single = [axis for axis in axes if axis["box"] > 1], [axis for axis in axes if axis["box"] == 1]
+    return {
+        "argument": argument,
+        "first_column": first_column,
+        "element_type": config.kv.dtype,
+        "axes": [_axis(block, 1, block), *moved, *single],
+        "swizzle": "128B",
+        "interleave": "none",
+        "out_of_bounds": "zeros",
+    }
