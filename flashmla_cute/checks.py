@@ -1,4 +1,8 @@
-"""Argument checks: a message names the argument, what was given, and what is allowed.  All of them run before any launch."""
+"""Argument checks: a message names the argument, what was given, and what is allowed.  All of them run before any launch.
+
+While torch.compile traces, tensors have shapes, strides and dtypes but no memory: addresses and the card are then left to the
+operators of torch_ops.py.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from .kernels.config import FORMATS
 DTYPES = {getattr(torch, name): fmt for name, fmt in FORMATS.items()}
 INT32_MAX = 2**31 - 1
 ALIGNMENT = 16  # bytes: what TMA and 16-byte loads need of bases and strides
+tracing = torch.compiler.is_compiling
 
 
 def need(ok: bool, name: str, given, allowed: str):
@@ -23,8 +28,8 @@ def is_tensor(name: str, tensor):
     """Raises TypeError unless `tensor` is a real tensor with memory behind it that needs no gradient."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: a torch.Tensor")
-    if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        raise TypeError(f"{name} is a {type(tensor).__name__} without memory; allowed: a real CUDA tensor (not while tracing)")
+    if not tracing() and (isinstance(tensor, FakeTensor) or tensor.is_meta):
+        raise TypeError(f"{name} is a {type(tensor).__name__} without memory; allowed: a real CUDA tensor")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, decode has no backward; allowed: {name}.detach(), or a call under torch.no_grad()"
@@ -32,7 +37,8 @@ def is_tensor(name: str, tensor):
 
 
 def on_device(name: str, tensor: torch.Tensor, device: torch.device, of: str):
-    need(tensor.device == device, f"{name}.device", tensor.device, f"{device}, the device of {of}")
+    if tensor.device != device:
+        raise ValueError(f"{name}.device is {tensor.device}; allowed: {device}, the device of {of}")
 
 
 @functools.cache
@@ -42,6 +48,8 @@ def _capability(index: int) -> tuple[int, int]:
 
 def is_hopper(name: str, tensor: torch.Tensor):
     """Raises ValueError for a CPU tensor, RuntimeError for a GPU that cannot run sm_90a code."""
+    if tracing():
+        return
     need(tensor.device.type == "cuda", f"{name}.device", tensor.device, "a CUDA device")
     major, minor = _capability(tensor.device.index)
     if (major, minor) != (9, 0):
@@ -54,13 +62,14 @@ def is_hopper(name: str, tensor: torch.Tensor):
 def has_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | None], meaning: str):
     """None in `shape` allows any extent"""
     given = tuple(tensor.shape)
-    ok = len(given) == len(shape) and all(want is None or have == want for have, want in zip(given, shape))
-    allowed = ", ".join("any" if want is None else str(want) for want in shape)
-    need(ok, f"{name}.shape", given, f"({allowed}), which is {meaning}")
+    if len(given) != len(shape) or not all(want is None or have == want for have, want in zip(given, shape)):
+        allowed = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}.shape is {given}; allowed: ({allowed}), which is {meaning}")
 
 
 def has_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype):
-    need(tensor.dtype in dtypes, f"{name}.dtype", tensor.dtype, " or ".join(map(str, dtypes)))
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}.dtype is {tensor.dtype}; allowed: {' or '.join(map(str, dtypes))}")
 
 
 def has_vector_strides(name: str, tensor: torch.Tensor):
@@ -75,4 +84,16 @@ def has_vector_strides(name: str, tensor: torch.Tensor):
                 stride[axis],
                 f"a positive multiple of {step}",
             )
-    need(tensor.data_ptr() % ALIGNMENT == 0, f"{name}.data_ptr()", hex(tensor.data_ptr()), f"a multiple of {ALIGNMENT} bytes")
+    if not tracing() and tensor.data_ptr() % ALIGNMENT != 0:
+        raise ValueError(f"{name}.data_ptr() is {tensor.data_ptr():#x}; allowed: a multiple of {ALIGNMENT} bytes")
+
+
+def has_no_overlap(name: str, tensor: torch.Tensor):
+    """every element has memory of its own, as far as strides of 0 go"""
+    for axis in range(tensor.dim()):
+        need(
+            tensor.stride(axis) > 0 or tensor.shape[axis] <= 1,
+            f"{name}.stride({axis})",
+            tensor.stride(axis),
+            "positive: it is written to",
+        )

@@ -1,12 +1,18 @@
 """MLA decode: check, look the compiled kernel up, launch."""
 
-import torch
+from math import inf
+from weakref import ref
 
-from . import checks, compile, heuristics, ops
+import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
+
+from . import checks, torch_ops
 from .checks import need
-from .kernels.config import MLAConfig
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
+
+MAX_REMEMBERED = 1024  # launches of a plan; an engine may make new caches at every step
 
 
 def mla_decode(
@@ -25,7 +31,7 @@ def mla_decode(
                    multiples of 16 bytes
     cache          the layer's PagedKVCache
     plan           a DecodePlan made for this batch and up to date with its lengths
-    softmax_scale  scores are (q . k) * softmax_scale; None: (latent + rope) ** -0.5
+    softmax_scale  scores are (q . k) * softmax_scale, positive; None: (latent + rope) ** -0.5
     causal         bottom-right: query token i of num_queries sees the tokens < length - num_queries + 1 + i
     out, lse       where to write, as returned; None: new tensors
 
@@ -33,22 +39,84 @@ def mla_decode(
     lse [batch, num_heads, num_queries] float32, the natural log of the sum of exp(scores).
     A row that sees no token gives out = 0, lse = -inf.
 
-    Runs on torch's current stream, can be captured in a CUDA graph, reads nothing on the host.
+    Runs on torch's current stream, can be captured in a CUDA graph and traced by torch.compile, reads nothing on the host.
     Raises TypeError, ValueError (both name the argument) or RuntimeError (not a Hopper GPU) before any launch.
     """
-    out, lse = _check(q, cache, plan, out, lse)
-    b, num_queries, num_heads, head_dim = q.shape
-    if b == 0:
-        return out, lse
-    mergeable = q.stride(1) == num_heads * q.stride(2)
-    config = MLAConfig(
-        kv=cache.format,
-        causal=bool(causal) and num_queries > 1,
-        head_tile=heuristics.choose_head_tile(num_queries, num_heads, cache.num_kv_heads, mergeable),
-        split=str(plan.o_split.dtype).removeprefix("torch."),
+    if is_dynamo_compiling():
+        return _traced(q, cache, plan, softmax_scale, causal, out, lse)
+    # A call like an earlier one costs a look-up instead of 30 checks.  The key holds what chooses the configuration, and of
+    # what is checked whatever the compiled function does not check by itself (tests/runtime/test_launch_checks.py).
+    try:
+        out_strides = out is None or out.is_contiguous() or out.stride()
+        lse_strides = lse is None or lse.is_contiguous() or lse.stride()
+        key = ref(cache), bool(causal), type(q), q.stride(), type(out), out_strides, type(lse), lse_strides
+        launch = plan.launches[key]
+        scale = plan.softmax_scale if softmax_scale is None else float(softmax_scale)
+        known = 0.0 < scale < inf and not (is_grad_enabled() and _requires_grad(q, cache.pool, out, lse))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        if checks.tracing():
+            return _traced(q, cache, plan, softmax_scale, causal, out, lse)
+        scale = _check(q, cache, plan, softmax_scale, out, lse)
+        launch = _remember(plan, key, q, cache.pool)
+    if out is None:
+        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+    try:
+        launch(
+            q,
+            cache.pool,
+            cache.block_table,
+            plan.items,
+            plan.parts,
+            plan.merges,
+            out,
+            lse,
+            plan.o_split,
+            plan.lse_split,
+            scale,
+            plan.num_sms,
+        )
+    except Exception:
+        _check(q, cache, plan, softmax_scale, out, lse)  # if an argument is to blame, this names it
+        raise
+    return out, lse
+
+
+def _requires_grad(q, pool, out, lse) -> bool:
+    return (
+        q.requires_grad
+        or pool.requires_grad
+        or (out is not None and out.requires_grad)
+        or (lse is not None and lse.requires_grad)
     )
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    compile.get(ops.DecodeOp, config)(
+
+
+def _remember(plan, key, q, pool):
+    """the launch of arguments that were checked, for `key` from now on"""
+    if plan.batch == 0:
+        return _nothing
+    launch = torch_ops.decode_function(q, pool, plan.o_split, causal=key[1])
+    if len(plan.launches) >= MAX_REMEMBERED:
+        plan.launches.clear()
+    plan.launches[key] = launch
+    return launch
+
+
+def _nothing(*_):
+    """the launch of an empty batch"""
+
+
+def _traced(q, cache, plan, softmax_scale, causal, out, lse):
+    """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator"""
+    scale = _check(q, cache, plan, softmax_scale, out, lse)
+    if out is None:
+        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+    torch.ops.flashmla_cute.decode(
         q,
         cache.pool,
         cache.block_table,
@@ -61,12 +129,13 @@ def mla_decode(
         plan.lse_split,
         scale,
         plan.num_sms,
+        bool(causal),
     )
     return out, lse
 
 
-def _check(q, cache, plan, out, lse):
-    """all of mla_decode's arguments; returns out and lse, made if they were None"""
+def _check(q, cache, plan, softmax_scale, out, lse) -> float:
+    """all of mla_decode's arguments; returns the scale"""
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache is a {type(cache).__name__}; allowed: a PagedKVCache")
     if not isinstance(plan, DecodePlan):
@@ -76,31 +145,41 @@ def _check(q, cache, plan, out, lse):
     checks.is_hopper("q", q)
     checks.on_device("cache.pool", cache.pool, q.device, "q")
     checks.has_dtype("q", q, cache.pool.dtype)
-    heads = (plan.batch, plan.num_queries, plan.num_heads)
-    checks.has_shape("q", q, (*heads, cache.format.head_dim), "(batch, num_queries, num_heads) of the plan, latent + rope")
+    shape = (plan.batch, plan.num_queries, plan.num_heads, plan.format.head_dim)
+    checks.has_shape("q", q, shape, "(batch, num_queries, num_heads) of the plan, latent + rope")
     checks.has_vector_strides("q", q)
-    same = plan.cache_seqlens.data_ptr() == cache.cache_seqlens.data_ptr()
-    need(same, "plan", "made for another cache_seqlens tensor", "a plan whose cache shares this cache's cache_seqlens")
-    need(plan.num_kv_heads == cache.num_kv_heads, "plan.num_kv_heads", plan.num_kv_heads, f"{cache.num_kv_heads}, the cache's")
-    need(
-        plan.capacity <= cache.capacity,
-        "cache.block_table.shape",
-        tuple(cache.block_table.shape),
-        f"{plan.capacity} tokens, as planned",
-    )
-    if out is None:
-        out = torch.empty(*heads, cache.format.latent, dtype=q.dtype, device=q.device)
-    else:
+    _check_plan(cache, plan)
+    if out is not None:
         checks.is_tensor("out", out)
         checks.on_device("out", out, q.device, "q")
         checks.has_dtype("out", out, q.dtype)
-        checks.has_shape("out", out, (*heads, cache.format.latent), "(batch, num_queries, num_heads, latent)")
+        checks.has_shape("out", out, plan.out_shape, "(batch, num_queries, num_heads, latent)")
         checks.has_vector_strides("out", out)
-    if lse is None:
-        lse = torch.empty(plan.batch, plan.num_heads, plan.num_queries, dtype=torch.float32, device=q.device)
-    else:
+    if lse is not None:
         checks.is_tensor("lse", lse)
         checks.on_device("lse", lse, q.device, "q")
         checks.has_dtype("lse", lse, torch.float32)
-        checks.has_shape("lse", lse, (plan.batch, plan.num_heads, plan.num_queries), "(batch, num_heads, num_queries)")
-    return out, lse
+        checks.has_shape("lse", lse, plan.lse_shape, "(batch, num_heads, num_queries)")
+        checks.has_no_overlap("lse", lse)
+    if softmax_scale is None:
+        return plan.softmax_scale
+    try:
+        scale = float(softmax_scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; allowed: a number or None") from None
+    need(0.0 < scale < inf, "softmax_scale", scale, "a positive finite number")
+    return scale
+
+
+def _check_plan(cache: PagedKVCache, plan: DecodePlan):
+    """that the plan is for this cache"""
+    if checks.tracing():  # (no addresses)
+        same = plan.cache_seqlens is cache.cache_seqlens
+    else:
+        same = plan.cache_seqlens.data_ptr() == cache.cache_seqlens.data_ptr()
+    need(same, "plan", "made for another cache_seqlens tensor", "a plan whose cache shares this cache's cache_seqlens")
+    if plan.num_kv_heads != cache.num_kv_heads:
+        raise ValueError(f"plan.num_kv_heads is {plan.num_kv_heads}; allowed: {cache.num_kv_heads}, the cache's")
+    if plan.capacity > cache.capacity:
+        shape = tuple(cache.block_table.shape)
+        raise ValueError(f"cache.block_table.shape is {shape}; allowed: {plan.capacity} tokens, as planned")

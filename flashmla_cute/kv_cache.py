@@ -120,7 +120,9 @@ class PagedKVCache:
             checks.has_shape(name, tensor, (slots.shape[0], self.num_kv_heads, width), f"(tokens, kv heads, {name} columns)")
             checks.has_vector_strides(name, tensor)
             rows.append(tensor)
-        if slots.shape[0] > 0:
+        if checks.tracing():
+            torch.ops.flashmla_cute.append(*rows, slots, self.pool)
+        elif slots.shape[0] > 0:
             compile.get(ops.AppendOp, MLAConfig(kv=self.format, causal=False))(*rows, slots, self.pool)
 
     def extend(self, counts: Sequence[int]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The plan of a step: which CTA works on which KV tiles, made on the device once a step and used by all layers."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 
@@ -15,6 +17,12 @@ from .schedule import num_slots
 @functools.cache
 def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+@functools.cache
+def _constants(config: ScheduleConfig) -> list[int]:
+    """as the operator takes it"""
+    return list(astuple(config))
 
 
 class DecodePlan:
@@ -55,6 +63,10 @@ class DecodePlan:
         self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
         self.batch, self.num_heads, self.num_queries = cache.batch, num_heads, num_queries
         self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
+        self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)
+        self.lse_shape = (self.batch, num_heads, num_queries)
+        self.softmax_scale = cache.format.head_dim**-0.5  # unless the caller of mla_decode has another
+        self.launches: dict[tuple, Callable] = {}  # by what mla_decode was called with: checked once, then remembered
         self.num_sms = num_sms(self.device.index)
         head_tile = heuristics.choose_head_tile(num_queries, num_heads, cache.num_kv_heads, mergeable=True)
         self.row_tiles = heuristics.row_tiles(head_tile, num_queries, num_heads, cache.num_kv_heads)
@@ -66,11 +78,14 @@ class DecodePlan:
         slots = num_slots(self.max_parts)
         self.o_split = torch.empty(slots, num_queries, num_heads, cache.format.latent, dtype=partials, device=self.device)
         self.lse_split = torch.empty(slots, num_queries, num_heads, dtype=torch.float32, device=self.device)
+        self.constants = _constants(config)
         self._build = compile.get(ops.ScheduleOp, config)
         self.update()
 
     def update(self) -> None:
         """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
-        if self.batch > 0:
-            max_tiles = self.capacity // TILE
-            self._build(self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, max_tiles)
+        arguments = (self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, self.capacity // TILE)
+        if checks.tracing():
+            torch.ops.flashmla_cute.schedule(*arguments, self.constants)
+        elif self.batch > 0:
+            self._build(*arguments)

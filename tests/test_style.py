@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("kernels", "flashmla_cute", "tests", "perf")
+FOLDERS = [folder for folder in ("kernels", "flashmla_cute", "tests", "perf", "examples") if (ROOT / folder).is_dir()]
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TEXTS = [
     *(path for path in ROOT.iterdir() if path.is_file()),
@@ -19,7 +19,10 @@ TEXTS = [
 BINARY = {".pyc", ".png", ".o"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_CONST_EXPR = 700, 100, 8, 12
-FIXED_ABI = {"flashmla_cute/ops.py": {"DecodeOp.__call__"}}  # the arguments of one compiled call, flat
+FIXED_ABI = {
+    "flashmla_cute/ops.py": {"DecodeOp.__call__"},  # the arguments of one compiled call, flat
+    "flashmla_cute/compat.py": {"flash_mla_with_kvcache"},  # FlashMLA's signature
+}
 
 
 def name(path: Path) -> str:

@@ -1,5 +1,7 @@
 """mla_decode and DecodePlan on the GPU: streams, CUDA graphs, plans that are shared, arguments that are refused."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -75,6 +77,34 @@ def test_two_streams_with_a_plan_each():
     torch.cuda.synchronize()
     for wanted, mine in zip(alone, results):
         assert all(same_bits(wanted, got) for got in mine)
+
+
+def test_two_threads_with_a_stream_and_a_plan_each(decode_kernels, monkeypatch):
+    """planning, decoding and remembering at once, from the first, cold call on"""
+    monkeypatch.setattr(compile, "_functions", {})
+    problems = [
+        Problem.make(Case(varied_lengths(30, 2000, 0, seed=1), h_q=128, seed=1)),
+        Problem.make(Case(varied_lengths(5, 5000, 0, seed=2), h_q=16, s_q=2, seed=2)),
+    ]
+    torch.cuda.synchronize()
+    start = threading.Barrier(len(problems))
+
+    def serve(problem: Problem):
+        results = []
+        start.wait()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            plan = problem.plan()
+            for _ in range(50):
+                plan.update()
+                results.append(mla_decode(problem.q, problem.cache, plan))
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(problems)) as threads:
+        served = list(threads.map(serve, problems))
+    for problem, results in zip(problems, served):
+        assert problem.errors(*results[0]).within(problem.case.dtype)
+        assert all(same_bits(results[0], others) for others in results)
 
 
 def test_back_to_back_launches_of_dependent_layers():
@@ -178,6 +208,35 @@ def test_a_graph_is_captured_with_a_cold_library(decode_kernels, monkeypatch):
     assert errors.within(problem.case.dtype), errors
 
 
+def num_allocations() -> int:
+    return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+
+def test_a_step_neither_allocates_nor_waits():
+    """with outputs given: eagerly, remembered or not, and in a capture"""
+    problem = Problem.make(Case((3000, 0, 65), h_q=16, s_q=2))
+    plan = problem.plan()
+    torch.cuda.synchronize()
+    before = num_allocations()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(A_WHILE)
+        for _ in range(3):
+            plan.update()
+            problem.run(plan)
+        assert not torch.cuda.current_stream().query(), "something has waited for the GPU"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert num_allocations() == before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = num_allocations()
+        plan.update()
+        problem.run(plan)
+        assert num_allocations() == before
+
+
 # ---------------------------------------------------------------------- plans
 def test_one_plan_serves_all_layers(record):
     first = Problem.make(Case(varied_lengths(20, 1500, 0, seed=4), h_q=64, s_q=2))
@@ -238,6 +297,7 @@ REFUSED = {
     "out misaligned": (lambda p: dict(out=half_off(p.out)), "out.data_ptr() is 0x"),
     "lse on the CPU": (lambda p: dict(lse=p.lse.cpu()), "lse.device is cpu"),
     "lse of another dtype": (lambda p: dict(lse=p.lse.double()), "lse.dtype is torch.float64"),
+    "lse expanded": (lambda p: dict(lse=p.lse[:, :1].expand(-1, 16, -1)), "lse.stride(1) is 0"),
     "lse of another shape": (lambda p: dict(lse=p.lse.transpose(1, 2)), "lse.shape is (2, 2, 16)"),
     "the plan of other lengths": (lambda p: dict(plan=Problem.make(p.case).plan()), "plan is made for another cache_seqlens"),
     "the plan of other heads": (lambda p: dict(plan=DecodePlan(p.cache, 32, 2)), "q.shape is (2, 2, 16, 576)"),
@@ -248,11 +308,17 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_refused_before_any_launch(what):
+def test_refused_before_any_launch(what, later):
+    """later: when a like call was launched and is remembered"""
     change, message = REFUSED[what]
     problem = Problem.make(Case((70, 300), h_q=16, s_q=2))
     arguments = dict(q=problem.q, cache=problem.cache, plan=problem.plan(), out=problem.out, lse=problem.lse)
+    if later:
+        mla_decode(**arguments)
+        for tensor in (problem.out, problem.lse):
+            tensor.fill_(float("nan"))
     changed = change(problem)
     with pytest.raises(ValueError) as caught:
         mla_decode(**{**arguments, **changed})

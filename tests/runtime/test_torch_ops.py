@@ -194,6 +194,8 @@ def test_a_traced_step(device):
         tensor.zero_()
     assert same_bits(wanted, traced(step, device)(problem.q, new, slots))
     assert same_bits(written, [cache.pool for cache in layers])
+    copied = torch._dynamo.utils.counters["inductor"]["possibly_missed_reinplacing_bytes"]
+    assert copied == 0, f"{copied} bytes are copied around operators that write in place"
 
 
 def test_a_cache_made_while_tracing(device):

@@ -1,0 +1,77 @@
+"""torch.ops.flashmla_cute: the launches as operators, which torch.compile keeps whole.
+
+An operator writes only into tensors that it is given, and its schema names them.  They lie on a raw torch.library.Library:
+torch.library.custom_op would add 15 to 30 us to a call.  Eager calls of mla_decode, DecodePlan and PagedKVCache launch the
+compiled functions themselves; only traced ones come here.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from . import checks, compile, heuristics, ops
+from .kernels.config import MLAConfig, ScheduleConfig
+
+SCHEMAS = {
+    "decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
+    "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, bool causal) -> ()",
+    "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tiles, "
+    "int[] config) -> ()",
+    "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool) -> ()",
+}
+
+
+def decode_function(q: torch.Tensor, pool: torch.Tensor, o_split: torch.Tensor, causal: bool) -> Callable:
+    """the compiled decode for these tensors; what it takes: ops.DecodeOp"""
+    num_queries, num_heads = q.shape[1:3]
+    config = heuristics.decode_config(
+        checks.DTYPES[pool.dtype],
+        num_queries,
+        num_heads,
+        num_kv_heads=pool.shape[2],
+        mergeable=q.stride(1) == num_heads * q.stride(2),
+        causal=causal,
+        split=str(o_split.dtype).removeprefix("torch."),
+    )
+    return compile.get(ops.DecodeOp, config)
+
+
+def decode(q: torch.Tensor, pool: torch.Tensor, *others):
+    *tensors, softmax_scale, num_sms, causal = others
+    checks.is_hopper("q", q)
+    checks.has_dtype("pool", pool, *checks.DTYPES)
+    if q.shape[0] > 0:
+        decode_function(q, pool, tensors[-2], causal)(q, pool, *tensors, softmax_scale, num_sms)
+
+
+def schedule(cache_seqlens: torch.Tensor, *others):
+    *arguments, config = others
+    checks.is_hopper("cache_seqlens", cache_seqlens)
+    if cache_seqlens.shape[0] > 0:
+        compile.get(ops.ScheduleOp, ScheduleConfig(*config))(cache_seqlens, *arguments)
+
+
+def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor):
+    checks.is_hopper("pool", pool)
+    checks.has_dtype("pool", pool, *checks.DTYPES)
+    if slots.shape[0] > 0:
+        config = MLAConfig(kv=checks.DTYPES[pool.dtype], causal=False)
+        compile.get(ops.AppendOp, config)(latent, rope, slots, pool)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("flashmla_cute", "DEF")
+    for launch in (decode, schedule, append):
+        # (the strides that were checked and that choose the configuration must arrive)
+        tag = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)  # torch 2.6 has the second only
+        library.define(launch.__name__ + SCHEMAS[launch.__name__], tags=(tag,))
+        library.impl(launch.__name__, launch, "CUDA")
+        torch.library.register_fake(f"flashmla_cute::{launch.__name__}", _nothing, lib=library)
+    return library
+
+
+def _nothing(*_):
+    """all that an operator does to shapes"""
+
+
+_library = _register()  # (its operators live as long as it does)
