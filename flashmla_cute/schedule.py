@@ -52,12 +52,12 @@ def num_slots(max_parts: int) -> int:
     return max(1, 2 * max_parts - 2)
 
 
-def candidate(i: int, max_parts: int, total: int) -> int:
+def candidate(i: int, max_parts: int, most: int) -> int:
     """the i-th number of parts to try"""
     parts = max_parts - i
     if i >= NUM_CANDIDATES // 2:
         parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
-    return max(min(parts, total), 1)
+    return max(min(parts, most), 1)
 
 
 def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
@@ -67,7 +67,8 @@ def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int
         return 0, 0
     if p >= parts:
         return batch, 0
-    x = total // parts * p + total % parts * p // parts
+    line = total - item_tiles
+    x = item_tiles + line // parts * p + line % parts * p // parts
     request = bisect_right(prefix, x, 0, batch) - 1
     num_tiles = prefix[request + 1] - prefix[request] - item_tiles
     tile = x - prefix[request] - item_tiles
@@ -107,7 +108,9 @@ def build_schedule(
         cuts = cuts_of(parts)
         return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + count_pieces(cuts) * row_tiles
 
-    parts = min((candidate(i, max_parts, prefix[-1]) for i in range(NUM_CANDIDATES)), key=cost)  # the first of equals
+    parts = min(
+        (candidate(i, max_parts, prefix[-1] - config.item_tiles) for i in range(NUM_CANDIDATES)), key=cost
+    )  # the first of equals
     cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
     inside = [0, *accumulate(int(tile > 0) for _, tile in cuts)]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]

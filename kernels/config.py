@@ -94,7 +94,7 @@ class ScheduleConfig:
     """
 
     item_tiles: int = 3  # what an item costs beside its tiles, in tiles: q in, o out
-    tile_cost: int = 20  # a KV tile, in pieces
+    tile_cost: int = 40  # a KV tile, in pieces
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 

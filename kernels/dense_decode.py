@@ -62,7 +62,7 @@ from .parts.rows import RowTile, num_row_tiles
 from .parts.softmax import OnlineSoftmax
 from .parts.store import store_rows, store_wide
 from .parts.sync import RingPos, arrive, warp_arrivals
-from .parts.tiles import BLOCK, column_blocks, element_type, fragment_row, split_type, swizzled, thread_in_warpgroup
+from .parts.tiles import BLOCK, column_blocks, element, element_type, fragment_row, split_type, swizzled, thread_in_warpgroup
 from .parts.work import RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
@@ -548,8 +548,9 @@ class DenseDecode:
     @cute.jit
     def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
         if cute.arch.vote_any_sync(rescale0 * rescale1 != 1.0):  # rare: row_max is lazy
-            for i in cutlass.range_constexpr(cute.size(rO)):
-                rO[i] = rO[i] * (rescale1 if const_expr(i // 2 % 2 == 1) else rescale0)
+            for r, factor in enumerate((rescale0, rescale1)):
+                for i in cutlass.range_constexpr(cute.size(rO) // 2):
+                    rO[element(r, i)] = rO[element(r, i)] * factor
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

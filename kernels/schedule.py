@@ -163,7 +163,8 @@ class BuildSchedule:
         tid, _, _ = cute.arch.thread_idx()
         lane, warp = tid % 32, tid // 32
         batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.parts.shape[0], self.config.item_tiles
-        parts = candidate(warp, max_parts, smem.prefix[batch])
+        most = smem.prefix[batch] - item_tiles
+        parts = candidate(warp, max_parts, most)
         longest, pieces = Int32(0), Int32(0)
         for p in cutlass.range(lane, parts, 32, unroll=1):
             request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
@@ -181,7 +182,7 @@ class BuildSchedule:
         cost = smem.cost[lane]
         least = cute.arch.warp_redux_sync(cost, "min")
         best = cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
-        return candidate(best, max_parts, smem.prefix[batch])
+        return candidate(best, max_parts, most)
 
     @cute.jit
     def _cuts(self, args: Args, smem: Smem, parts: Int32):

@@ -2,8 +2,9 @@
 the tests on the CPU.  flashmla_cute/schedule.py is the same in plain Python.
 
 Request r costs weight[r] = tiles[r] + item_tiles, or 0 without tokens; C is their exclusive prefix sum, C[b] = total.  With
-n parts, cut p lies at x = p * total / n on that line: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that
-would leave a piece shorter than `snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
+n parts, cut p lies at x = item_tiles + p * (total - item_tiles) / n on that line, because the part that begins there pays
+item_tiles once more: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that would leave a piece shorter than
+`snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
 """
 
 import cutlass
@@ -27,13 +28,13 @@ def upper_bound(prefix: cute.Tensor, count: Int32, x: Int32) -> Int32:
 
 
 @cute.jit
-def candidate(i: Int32, max_parts: Int32, total: Int32) -> Int32:
-    """the i-th number of parts to try: the 16 largest, then 16 steps down to a few.  At most one part per tile of cost, so that
-    no two cuts are equal."""
+def candidate(i: Int32, max_parts: Int32, most: Int32) -> Int32:
+    """The i-th number of parts to try: the 16 largest, then 16 steps down to a few; no more than `most` = total - item_tiles,
+    so that no two cuts are equal."""
     parts = max_parts - i
     if i >= NUM_CANDIDATES // 2:
         parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
-    return cutlass.max(cutlass.min(parts, total), 1)
+    return cutlass.max(cutlass.min(parts, most), 1)
 
 
 @cute.jit
@@ -42,7 +43,8 @@ def cut(prefix: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: C
     total = prefix[batch]
     request, tile = batch, Int32(0)
     if p < parts:
-        x = total // parts * p + total % parts * p // parts
+        line = total - item_tiles
+        x = item_tiles + line // parts * p + line % parts * p // parts
         request = upper_bound(prefix, batch, x) - 1
         num_tiles = prefix[request + 1] - prefix[request] - item_tiles
         tile = x - prefix[request] - item_tiles
