@@ -549,8 +549,9 @@ class DenseDecode:
     def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
         if cute.arch.vote_any_sync(rescale0 * rescale1 != 1.0):  # rare: row_max is lazy
             for r, factor in enumerate((rescale0, rescale1)):
-                for i in cutlass.range_constexpr(cute.size(rO) // 2):
-                    rO[element(r, i)] = rO[element(r, i)] * factor
+                for block in cutlass.range_constexpr(cute.size(rO) // 32):
+                    for i in cutlass.range_constexpr(16 * block, 16 * block + 16):  # (longer static loops: the DSL warns)
+                        rO[element(r, i)] = rO[element(r, i)] * factor
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):
