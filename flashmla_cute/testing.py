@@ -132,7 +132,7 @@ def _compare(out, lse, ref_out, ref_lse, name) -> Errors:
     norm = ref_out.norm().item()
     difference = (out - ref_out).norm().item()
     rel = difference / norm if norm > 0 else (0.0 if difference == 0 else float("inf"))
-    # A score is the sum of 36 truncated fp32 additions: up to 36 * 2^-24 = 2e-6 of its size, so beyond 50 lse counts relative to
+    # A score is a sum of 36 truncated fp32 additions, exact to 36 * 2^-24 = 2e-6 of its size: beyond 50, lse counts relative to
     # the request's largest / 50 (measured with |s| ~ 2e4: 1.2e-6).
     gap = 0.0
     if (~empty).any():
