@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .kernels.config import FORMATS
 
 DTYPES = {getattr(torch, name): fmt for name, fmt in FORMATS.items()}
-INT32_MAX = 2**31 - 1
 ALIGNMENT = 16  # bytes: what TMA and 16-byte loads need of bases and strides
 tracing = torch.compiler.is_compiling
 

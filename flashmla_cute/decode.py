@@ -110,7 +110,8 @@ def _nothing(*_):
 
 
 def _traced(q, cache, plan, softmax_scale, causal, out, lse):
-    """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator"""
+    """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator.  (Its last lines are
+    spelled out twice: a helper shared with the eager path costs each call 0.25 us of 0.85.)"""
     scale = _check(q, cache, plan, softmax_scale, out, lse)
     if out is None:
         out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)

@@ -9,7 +9,6 @@ kernel failed in a row, or the GPU was lost.
 """
 
 import argparse
-import datetime
 import secrets
 import sys
 import time
@@ -81,18 +80,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _header(options: argparse.Namespace, absent: dict[str, str]) -> tuple[dict, Path]:
     """the result before anything is measured, and where it will be"""
-    device, today = torch.cuda.get_device_name(), datetime.date.today().isoformat()
-    path = report.new_path(options.out, f"{today}-{card.slug(device)}-{options.name}")
-    try:
-        driver = card.ask("driver_version")
-    except RuntimeError as error:
-        driver = f"unknown ({error})"
+    identity = card.identity()
+    path = report.new_path(options.out, f"{identity['date']}-{card.slug(identity['device'])}-{options.name}")
     result = {
-        "device": device,
-        "driver": driver,
-        **card.commit(),
-        "versions": card.versions(),
-        "date": today,
+        **identity,
         "seed": options.seed,
         "clocks": {},
         "throttle": None,

@@ -57,11 +57,6 @@ class Row:
         return sum(self.lengths)
 
     @property
-    def rows_per_token(self) -> int:
-        """query rows that share one cached token: the arithmetic intensity, up to a constant"""
-        return self.s_q * self.h_q // self.h_kv
-
-    @property
     def key(self) -> "Row":
         """the same row whatever the reason: rows that several workloads share are measured once"""
         return replace(self, why="")

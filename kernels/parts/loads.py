@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import cpasync
 from ..config import TILE
 from .tiles import BLOCK, column_blocks, swizzled
 
-EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000  # L2 cache policies
+EVICT_FIRST = 0x12F0000000000000  # an L2 cache policy
 
 
 @dataclass(frozen=True)
