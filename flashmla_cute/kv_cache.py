@@ -38,6 +38,7 @@ class PagedKVCache:
         checks.on_device("block_table", block_table, pool.device, "pool")
         checks.on_device("cache_seqlens", cache_seqlens, pool.device, "pool")
         self.pool, self.block_table, self.cache_seqlens, self.format = pool, block_table, cache_seqlens, kv
+        self.identity = object()  # what a plan remembers of this cache; holds no memory of the GPU
         self._free: list[int] | None = None  # page ids; only a cache that allocated its pool hands out pages
         self._lengths: list[int] = []
         self._pages: list[list[int]] = []

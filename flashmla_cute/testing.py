@@ -110,7 +110,7 @@ class Problem:
 @dataclass(frozen=True)
 class Errors:
     rel: float  # of out
-    lse: float  # absolute; where a request's |lse| exceeds 100, relative to the largest / 100
+    lse: float  # absolute; where a request's |lse| exceeds 50, relative to the largest / 50
     where: str  # what is wrong beyond a number: NaN, a wrong -inf
 
     def worse_of(self, other: "Errors") -> "Errors":
@@ -132,8 +132,9 @@ def _compare(out, lse, ref_out, ref_lse, name) -> Errors:
     norm = ref_out.norm().item()
     difference = (out - ref_out).norm().item()
     rel = difference / norm if norm > 0 else (0.0 if difference == 0 else float("inf"))
-    # (scores are fp32 sums: where a request's are ~ 1e4, rounding alone is 1e-2, so lse counts relative to the largest / 100)
+    # A score is 36 sums in the tensor core, each cut at 2^-23: a bias of up to 36 / 2 * 2^-23 = 2e-6 of its size, so where scores
+    # exceed 50, 1e-4 is 2e-6 of the largest.  (FlashMLA on the same inputs: 1.0e-6, ours 1.2e-6, bias of both -5.5e-7.)
     gap = 0.0
     if (~empty).any():
-        gap = (lse - ref_lse)[~empty].abs().max().item() / max(1.0, ref_lse[~empty].abs().max().item() / 100)
+        gap = (lse - ref_lse)[~empty].abs().max().item() / max(1.0, ref_lse[~empty].abs().max().item() / 50)
     return Errors(rel, gap, "")

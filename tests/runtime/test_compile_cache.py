@@ -40,7 +40,8 @@ def forget():
 
 
 def start_process(cache):
-    environment = {**os.environ, compile.CACHE_VARIABLE: str(cache), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, compile.CACHE_VARIABLE: str(cache), "PYTHONPATH": path}
     return subprocess.Popen([sys.executable, "-c", GET], stdout=subprocess.PIPE, text=True, env=environment)
 
 
