@@ -132,7 +132,7 @@ def _compare(out, lse, ref_out, ref_lse, name) -> Errors:
     norm = ref_out.norm().item()
     difference = (out - ref_out).norm().item()
     rel = difference / norm if norm > 0 else (0.0 if difference == 0 else float("inf"))
-    # A score is 36 sums in the tensor core, each cut at 2^-23: a bias of up to 36 / 2 * 2^-23 = 2e-6 of its size, so where scores
+    # A score is 36 sums in the tensor core, each cut at 2^-23: a bias of up to 18 * 2^-23 = 2e-6 of its size, so where scores
     # exceed 50, 1e-4 is 2e-6 of the largest.  (FlashMLA on the same inputs: 1.0e-6, ours 1.2e-6, bias of both -5.5e-7.)
     gap = 0.0
     if (~empty).any():
