@@ -35,16 +35,20 @@ class DecodeOp:
         lse_split: cute.Tensor,
         softmax_scale: Float32,
         num_sms: Int32,
+        q_rope: cute.Tensor | None,
+        sink: cute.Tensor | None,
         stream,
     ):
         result = dense_decode.Outputs(out, lse, o_split, lse_split)
-        dense_decode.DenseDecode(self.config)(q, cache, block_table, items, parts, result, softmax_scale, stream)
-        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, num_sms, stream)
+        attention = dense_decode.DenseDecode(self.config)
+        attention(q, q_rope, cache, block_table, items, parts, result, sink, softmax_scale, stream)
+        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, sink, num_sms, stream)
 
     def fake_args(self):
-        *inputs, result = dense_decode.fake_args(self.config)
-        outputs = (result.o, result.lse, result.o_split, result.lse_split)
-        return (*inputs, combine.fake_merges(), *outputs, Float32(1), Int32(1), _stream())
+        fake = dense_decode.FakeArgs.of(self.config)
+        inputs = (fake.q, fake.cache, fake.block_table, fake.items, fake.parts, combine.fake_merges())
+        result = (fake.result.o, fake.result.lse, fake.result.o_split, fake.result.lse_split)
+        return (*inputs, *result, Float32(1), Int32(1), fake.q_rope, fake.sink, _stream())
 
 
 class ScheduleOp:

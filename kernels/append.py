@@ -18,7 +18,7 @@ class Args:
     """all that crosses to the device"""
 
     latent: cute.Tensor  # (token, kv head, latent)
-    rope: cute.Tensor  # (token, kv head, rope)
+    rope: cute.Tensor  # (token, kv head, rope); without rope columns anything
     slots: cute.Tensor  # (token,) int64: page * page_size + row; negative: skip the token
     cache: cute.Tensor  # (page, row, kv head, latent + rope)
 
@@ -71,7 +71,7 @@ def fake_args(config: MLAConfig):
     tensor = lambda shape, stride: make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
     return (
         tensor((n, h_kv, kv.latent), (wide(), wide(), 1)),
-        tensor((n, h_kv, kv.rope), (wide(), wide(), 1)),
+        tensor((n, h_kv, kv.rope or kv.latent), (wide(), wide(), 1)),
         make_fake_tensor(Int64, (n,), stride=(1,), assumed_align=8),
         tensor((cute.sym_int(), config.page, h_kv, kv.head_dim), (wide(), wide(), wide(), 1)),
     )

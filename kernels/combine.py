@@ -2,7 +2,7 @@
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
-A unit of work is 32 vectors of 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
+A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
 A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
 thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py wrote;
 a step without splits costs an empty launch, overlapped with the decode kernel's tail.
@@ -12,17 +12,19 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import MLAConfig
-from .parts.tiles import element_type, split_type
+from .parts.softmax import sink_share
+from .parts.store import store_lse
+from .parts.tiles import out_type, split_type
 from .parts.work import MERGE
 
 WARPS = 8  # of a CTA
-VECTOR_BYTES = 16  # of a lane
+VECTOR_BYTES = 16  # of a lane, at most
 IN_FLIGHT = 4  # pieces a lane loads before it uses the first
-LOG2_E, LN2 = 1.4426950408889634, 0.6931471805599453
+LOG2_E = 1.4426950408889634
 CTAS_PER_SM = 4  # all resident at once: the grid is at most this many for each SM
 LEAST = -1e30  # a maximum to start from; finite, so that -inf - LEAST is no NaN
 
@@ -35,7 +37,8 @@ class Args:
     lse_split: cute.Tensor  # (slot, query token, head) f32
     merges: cute.Tensor  # (1 + request, MERGE): number; then request, first slot, pieces
     o: cute.Tensor  # (request, query token, head, latent)
-    lse: cute.Tensor  # (request, head, query token)
+    lse: cute.Tensor  # (request, head, query token), or (token, head)
+    sink: cute.Tensor | None  # (head,) f32
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Combine:
     @property
     def vector(self) -> int:
         """columns of a lane"""
-        return VECTOR_BYTES * 8 // split_type(self.config).width
+        return min(VECTOR_BYTES * 8 // split_type(self.config).width, self.config.kv.latent // 64)
 
     @property
     def chunks(self) -> int:
@@ -64,10 +67,10 @@ class Combine:
         return self.config.kv.latent // (32 * self.vector)
 
     @cute.jit
-    def __call__(self, o_split, lse_split, merges, o, lse, num_sms: Int32, stream):
+    def __call__(self, o_split, lse_split, merges, o, lse, sink, num_sms: Int32, stream):
         b, s_q, h_q, _ = o.shape
         units = b * s_q * h_q * self.chunks
-        self.kernel(Args(o_split, lse_split, merges, o, lse)).launch(
+        self.kernel(Args(o_split, lse_split, merges, o, lse, sink)).launch(
             grid=[cutlass.min(units, CTAS_PER_SM * num_sms), 1, 1],
             block=[32 * WARPS, 1, 1],
             min_blocks_per_mp=CTAS_PER_SM,
@@ -137,12 +140,16 @@ class Combine:
                         rO[j] = rO[j] + rOther[j]
             cute.arch.sync_threads()  # sPart has been read
         if unit.exists & (rank == 0):
-            rOut = cute.make_rmem_tensor(self.vector, element_type(self.config))
-            rOut.store(rO.load().to(element_type(self.config)))
+            if const_expr(self.config.sink):
+                left = sink_share(lse, args.sink[unit.head])
+                for j in cutlass.range_constexpr(self.vector):
+                    rO[j] = rO[j] * left
+            rOut = cute.make_rmem_tensor(self.vector, out_type(self.config))
+            rOut.store(rO.load().to(out_type(self.config)))
             gOut = args.o[unit.request, unit.token, unit.head, None]
             cute.autovec_copy(rOut, cute.local_tile(gOut, (self.vector,), (column,)))
             if (lane == 0) & (unit.chunk == 0):
-                args.lse[unit.request, unit.head, unit.token] = lse
+                store_lse(self.config, args.lse, unit.request, args.o.shape[1], unit.token, unit.head, lse)
 
     @cute.jit
     def _load(self, args: Args, unit: Unit, column: Int32, base: Int32, share: Int32):
@@ -169,7 +176,7 @@ class Combine:
 
     @cute.jit
     def _row_lse(self, args: Args, unit: Unit):
-        """log2 of the row's whole weight, by which a piece's exp2 is scaled, and its natural log; every warp for itself"""
+        """log2 of the row's whole weight: what a piece's exp2 is scaled by (0 without keys) and lse; every warp for itself"""
         lane = cute.arch.lane_idx()
         most, total = Float32(LEAST), Float32(0.0)
         for piece in cutlass.range(lane, unit.pieces, 32, unroll=1):
@@ -182,7 +189,7 @@ class Combine:
         scale, lse = Float32(0.0), -Float32.inf  # no key at all: weights exp2(-inf) = 0
         if total > 0.0:
             scale = above + cute.math.log2(total, fastmath=True)
-            lse = scale * LN2
+            lse = scale
         return scale, lse
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 TILE = 64  # query rows of a CTA, and tokens of a KV tile: M of one WGMMA, and what two warpgroups can accumulate
 BLOCK_BYTES = 128  # width of a swizzled column block of shared memory
+RING_BYTES = 3 * 64 * 1024  # of shared memory for KV tiles and q in flight
+PAGE_STEP, MAX_PAGE = 8, 1024  # tokens: a row group of the swizzle; what the tests cover
 SMEM_LIMIT = 232448  # bytes a CTA may have on sm_90; the DSL does not check it at compile time
 LAUNCH_REGISTERS = 168  # ptxas gives 384 threads this many each; setmaxnreg only moves them between warpgroups
 
@@ -27,6 +29,30 @@ class KVFormat:
 
 
 FORMATS = {row.dtype: row for row in (KVFormat("bfloat16"), KVFormat("float16"))}
+DIMS = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # (latent, rope): a new pair is a row here
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What some models and engines want of attention beyond the plain one.  All of it is compiled in, and free when off."""
+
+    window: int = 0  # tokens that a query token sees at most, itself among them; 0: all
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: as they are
+    out: str = ""  # element type of out: "float32", or "": q's
+    lse_by_token: bool = False  # lse as (token, head), tokens request after request; else (request, head, query token)
+    lse_log2: bool = False  # lse to base 2; else natural
+
+    @property
+    def name(self) -> str:
+        """empty when all is off"""
+        words = {
+            f"window{self.window}": self.window,
+            f"cap{self.softcap:g}": self.softcap,
+            f"out_{self.out}": self.out,
+            "lse_by_token": self.lse_by_token,
+            "lse_log2": self.lse_log2,
+        }
+        return "".join(f"_{word}" for word, on in words.items() if on)
 
 
 @dataclass(frozen=True)
@@ -36,10 +62,13 @@ class MLAConfig:
     kv: KVFormat = FORMATS["bfloat16"]
     page: int = 64  # tokens of a cache page
     causal: bool = True  # bottom-right aligned over the query tokens
+    options: DecodeOptions = DecodeOptions()
+    q_pair: bool = False  # the rope columns of q are a tensor of their own
+    sink: bool = False  # a logit per head joins the softmax's sum, without a value
 
     head_tile: int = 0  # heads of one token that are neighbours in a row tile; 0: rows are one strided axis (parts/rows.py)
     split: str = "float16"  # element type of partial results: half the bytes of float32, -18 % at batch 1; clamps at 65504
-    stages: int = 3  # 64 KB slots of the KV ring
+    stages: int = 0  # slots of the KV ring; 0: as many as RING_BYTES hold
     score_registers: int = 184
     value_registers: int = 160
     lazy_rescale: float = 8.0  # log2 units by which a row maximum must grow before o is rescaled
@@ -53,17 +82,31 @@ class MLAConfig:
         return self.kv.latent * self.kv.itemsize // BLOCK_BYTES
 
     @property
+    def ring_slots(self) -> int:
+        return self.stages or RING_BYTES // (TILE * self.kv.latent * self.kv.itemsize)
+
+    @property
+    def box_tokens(self) -> int:
+        """tokens that one TMA instruction brings: a whole tile, where pages hold whole tiles"""
+        return TILE if self.page % TILE == 0 else PAGE_STEP
+
+    @property
     def row_modes(self) -> tuple[int, int]:
         """(heads, query tokens) of a row tile"""
         return (self.head_tile, TILE // self.head_tile) if self.head_tile else (TILE, 1)
+
+    @property
+    def out(self) -> str:
+        return self.options.out or self.kv.dtype
 
     @property
     def name(self) -> str:
         rows = f"h{self.head_tile}" if self.head_tile else "flat"
         mask = "causal" if self.causal else "full"
         split = "" if self.split == "float16" else f"_{self.split}"
-        debug = "_lanes" if self.lane_arrivals else ""
-        return f"dense_{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}_{mask}_{rows}{split}{debug}"
+        flags = "".join(f"_{word}" for word, on in (("pair", self.q_pair), ("sink", self.sink), ("lanes", self.lane_arrivals)) if on)
+        dims = f"{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
+        return f"dense_{dims}_{mask}_{rows}{split}{self.options.name}{flags}"
 
     def check(self):
         """Raises ValueError, naming the field, for a configuration that this kernel cannot run."""
@@ -72,17 +115,35 @@ class MLAConfig:
             if not ok:
                 raise ValueError(f"MLAConfig: {message}")
 
-        need(self.kv in FORMATS.values(), f"kv is {self.kv}; the table has {', '.join(FORMATS)}")
-        need(self.page == TILE, f"page is {self.page}; allowed: {TILE}")
+        kv = self.kv
+        halves = 2 * BLOCK_BYTES // kv.itemsize
+        need(kv.dtype in FORMATS, f"kv.dtype is {kv.dtype}; allowed: {', '.join(FORMATS)}")
+        need((kv.latent, kv.rope) in DIMS, f"kv is {kv}; (latent, rope) of the table: {', '.join(map(str, DIMS))}")
+        need(kv.latent % halves == 0, f"kv.latent is {kv.latent}; allowed: multiples of {halves}, a swizzled block for each half")
+        need(kv.rope % 16 == 0 and kv.rope <= TILE, f"kv.rope is {kv.rope}; allowed: multiples of 16 up to {TILE}, one block")
+        need(
+            self.page % PAGE_STEP == 0 and PAGE_STEP <= self.page <= MAX_PAGE,
+            f"page is {self.page}; allowed: multiples of {PAGE_STEP} up to {MAX_PAGE}",
+        )
         need(
             self.head_tile in (0, 1, 2, 4, 8, 16, 32, 64), f"head_tile is {self.head_tile}; allowed: 0 or a power of 2 up to 64"
         )
         need(self.split in ("float32", "float16"), f"split is {self.split}; allowed: float32, float16")
+        options = self.options
+        need(options.window >= 0, f"options.window is {options.window}; allowed: 0 (all tokens) or a number of tokens")
+        need(0.0 <= options.softcap < float("inf"), f"options.softcap is {options.softcap}; allowed: 0 (none) or a positive number")
+        need(options.out in ("", "float32"), f'options.out is {options.out}; allowed: "" (q\'s) or "float32"')
+        need(not self.q_pair or self.kv.rope > 0, f"q_pair is {self.q_pair}; allowed: False, there are no rope columns")
         registers = self.score_registers + 2 * self.value_registers
         need(
             registers <= 3 * LAUNCH_REGISTERS,
             f"{self.score_registers} + 2 * {self.value_registers} = {registers} registers a thread group exceed 3 * "
             f"{LAUNCH_REGISTERS}: setmaxnreg would dead-lock",
+        )
+        value = self.kv.latent // 2  # f32 accumulators of a VALUE thread: 64 rows x half the latent over 128 threads
+        need(
+            TILE * value // 128 + 24 <= self.value_registers,
+            f"kv.latent is {self.kv.latent}: 64 * {value} / 128 accumulators and 24 more exceed {self.value_registers} registers",
         )
 
 

@@ -1,6 +1,7 @@
 """Dense MLA decode for sm_90a: paged bf16 or fp16 latent cache, one CTA per 64 query rows and span of KV tiles.
 
-The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = latent (512) ++ rope (64), v = latent:
+The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = latent ++ rope, v = latent; the numbers below are
+those of 512 ++ 64, DIMS in config.py has the others:
   s       = q k^T * scale_log2                         mask: token >= limit(row)  ->  -inf
   row_max = max(s), moved only when exceeded by more than `lazy_rescale`; numerator and row_sum share it, so o is exact
   p       = exp2(s - row_max);  rescale = exp2(old row_max - row_max);  row_sum = row_sum * rescale + sum(p)
@@ -10,6 +11,7 @@ The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = 
   page --> [ latent tile ][ latent tile ][ q of next item ] -----> s = q k^T -- p, rescale --> smem p (8 KB), rescale
   page --> [ rope tile 8 KB ]   [ q columns 448..575, 16 KB ] --^                                 |
                                                        VALUE left: o[:, 0:256]  <-- p v --> VALUE right: o[:, 256:512]
+A tile comes in one instruction for its latent and one for its rope; where pages do not hold whole tiles, in eight each.
 An item's slots are: q, tile first, .., tile end - 1.  Letting q travel through the ring hides its load behind the
 previous item's last tiles, and the item's record rides along in smem.  There is no producer warp: the register file has no
 room for one beside 184 + 160 + 160 on each quarter of the SM, so two warps of VALUE make all requests.
@@ -26,7 +28,7 @@ room for one beside 184 + 160 + 160 on each quarter of the SM, so two warps of V
   slot_empty[3]  8         8 VALUE warps, or 4 SCORE warps x 2 (q slot)    warp 8, to refill it
   rope_full      1 + tx    the rope columns of the next tile have landed   SCORE
   rope_empty     4         q k^T of a tile has read rope and q tail        warp 4, to refill them
-  q_tail_full    1 + tx    q columns 448..575 of the item have landed      SCORE
+  q_tail_full    2 + tx    q columns 448..511, 512..575 have landed        SCORE
   p_full         4         p and rescale of a tile are stored              VALUE (implies slot_full: s came from it)
   p_empty        8         p and rescale of a tile are consumed            SCORE
   pv_go          4         the tensor core is about to be free             VALUE
@@ -59,20 +61,27 @@ from .parts.mask import Mask
 from .parts.ptx import opaque, uniform
 from .parts.requests import Feed, Refill
 from .parts.rows import RowTile, num_row_tiles
-from .parts.softmax import OnlineSoftmax
-from .parts.store import store_rows, store_wide
+from .parts.softmax import LN2, LOG2_E, OnlineSoftmax, sink_share, soft_cap
+from .parts.store import store_lse, store_rows, store_wide
 from .parts.sync import RingPos, arrive, warp_arrivals
-from .parts.tiles import BLOCK, column_blocks, element, element_type, fragment_row, split_type, swizzled, thread_in_warpgroup
+from .parts.tiles import (
+    BLOCK,
+    column_blocks,
+    element,
+    element_type,
+    fragment_row,
+    out_type,
+    split_type,
+    swizzled,
+    thread_in_warpgroup,
+)
 from .parts.work import RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
-Q_BLOCKS = 7  # column blocks of q in registers (0..447); block 7 and the rope block stay in smem
 OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
-GROUP_A = Q_BLOCKS * STEPS - 1  # register k-steps in S2's first commit group; pv_go is sent when it is done
 SCORE_WARPS, VALUE_WARPS = 4, 8
 FEED_WARP, REFILL_WARP = 4, 8  # the first warps of VALUE_LEFT and VALUE_RIGHT
 SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-LOG2_E = 1.4426950408889634
 
 
 class NamedBarrier(IntEnum):
@@ -84,7 +93,7 @@ class NamedBarrier(IntEnum):
 @dataclass(frozen=True)
 class Outputs:
     o: cute.Tensor  # (request, query token, head, latent)
-    lse: cute.Tensor  # (request, head, query token)
+    lse: cute.Tensor  # (request, head, query token), or (token, head)
     o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head)
 
@@ -94,21 +103,26 @@ class Args:
     """all that crosses to the device"""
 
     q: TmaOperand  # columns 0..511, (head, query token, 64, 8, request)
-    q_tail: TmaOperand  # columns 448..575, (head, query token, 64, 2, request)
+    q_last: TmaOperand  # columns 448..511, (head, query token, 64, 1, request)
+    q_rope: TmaOperand | None  # columns 512..575, likewise
     latent: TmaOperand  # (token, 64, 8, kv head, page)
-    rope: TmaOperand  # (token, 64, 1, kv head, page)
+    rope: TmaOperand | None  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
     items: cute.Tensor  # (item, RECORD)
     parts: cute.Tensor  # (part, RECORD)
     result: Outputs
+    sink: cute.Tensor | None  # (head,)
     h_kv: Int32
-    scale_log2: Float32
+    scale_log2: Float32  # of what the softmax gets
+    cap_factor: Float32  # see soft_cap
 
 
 @dataclass(frozen=True)
 class Smem:
     ring: cute.Tensor  # (row, 512, stage)
-    q_tail: cute.Tensor  # (row, 128, 1)
+    q_ring: cute.Tensor  # the same memory as a q slot has it
+    q_last: cute.Tensor  # (row, 64, 1)
+    q_rope: cute.Tensor  # (row, 64, 1)
     rope: cute.Tensor  # (token, 64, 1)
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
@@ -137,11 +151,11 @@ class Barriers:
         tma = warp_arrivals(1, True) + 1 if lanes else 1
         score, value = warp_arrivals(SCORE_WARPS, lanes), warp_arrivals(VALUE_WARPS, lanes)
         return dict(
-            slot_full=(config.stages, tma),
-            slot_empty=(config.stages, value),
+            slot_full=(config.ring_slots, tma),
+            slot_empty=(config.ring_slots, value),
             rope_full=(1, tma),
             rope_empty=(1, score),
-            q_tail_full=(1, tma),
+            q_tail_full=(1, 2 * tma if config.kv.rope else tma),
             p_full=(1, score),
             p_empty=(1, value),
             pv_go=(1, score),
@@ -181,8 +195,9 @@ def allocate(config):
 
     @cute.struct
     class Storage:
-        ring: elements(config.stages * TILE * latent)
-        q_tail: elements(TILE * 2 * BLOCK)
+        ring: elements(config.ring_slots * TILE * latent)
+        q_last: elements(TILE * BLOCK)
+        q_rope: elements(TILE * BLOCK)
         rope: elements(TILE * BLOCK)
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
@@ -192,13 +207,16 @@ def allocate(config):
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
 
     size = Storage.size_in_bytes()
-    assert size <= SMEM_LIMIT, f"{config.name}: {size} bytes of shared memory, {SMEM_LIMIT} allowed"
+    ring = f"{config.ring_slots} slots * {TILE} rows * {latent} columns * {config.kv.itemsize}"
+    assert size <= SMEM_LIMIT, f"{config.name}: {size} bytes of shared memory, {ring} of them the ring; {SMEM_LIMIT} allowed"
     storage = SmemAllocator().allocate(Storage)
-    view = lambda field, *shape: (lambda s: field.get_tensor(s.outer, swizzle=s.inner))(swizzled(dtype, *shape))
+    view = lambda field, *shape, **by: (lambda s: field.get_tensor(s.outer, swizzle=s.inner))(swizzled(dtype, *shape, **by))
     plain = lambda field, *shape: field.get_tensor(cute.make_layout(shape))
     smem = Smem(
-        ring=view(storage.ring, TILE, latent, config.stages),
-        q_tail=view(storage.q_tail, TILE, 2 * BLOCK, 1),
+        ring=view(storage.ring, TILE, latent, config.ring_slots, by_rows=config.box_tokens < TILE),
+        q_ring=view(storage.ring, TILE, latent, config.ring_slots),
+        q_last=view(storage.q_last, TILE, BLOCK, 1),
+        q_rope=view(storage.q_rope, TILE, BLOCK, 1),
         rope=view(storage.rope, TILE, BLOCK, 1),
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
@@ -214,10 +232,11 @@ def allocate(config):
 class ScoreTiles:
     """operands of q k^T"""
 
-    tQ: cute.Tensor  # (1, 1, 8): columns 448..575
+    tQ: cute.Tensor  # (1, 1, 4): columns 448..511
+    tQRope: cute.Tensor  # (1, 1, 4): columns 512..575
     tK: cute.Tensor  # (1, 1, 32, stage)
     tRope: cute.Tensor  # (1, 1, 4)
-    rQ: tuple  # 7 column blocks
+    rQ: tuple  # 7 column blocks, 0..447
     rS: cute.Tensor
     rP: cute.Tensor
 
@@ -225,13 +244,14 @@ class ScoreTiles:
     def make(cls, config, smem):
         ss, rs = cute.make_tiled_mma(mma_qk(config, SMEM)), cute.make_tiled_mma(mma_qk(config, RMEM))
         w = ss.get_slice(0)  # (slice 0: descriptors stay warp-uniform)
-        make_b = lambda s: w.make_fragment_B(w.partition_B(s))
+        make_a, make_b = lambda s: w.make_fragment_A(w.partition_A(s)), lambda s: w.make_fragment_B(w.partition_B(s))
         a_block, acc, dtype = rs.partition_shape_A((TILE, BLOCK)), ss.partition_shape_C((TILE, TILE)), element_type(config)
         return cls(
-            tQ=w.make_fragment_A(w.partition_A(smem.q_tail[None, None, 0])),
+            tQ=make_a(smem.q_last[None, None, 0]),
+            tQRope=make_a(smem.q_rope[None, None, 0]),
             tK=make_b(smem.ring),
             tRope=make_b(smem.rope[None, None, 0]),
-            rQ=tuple(cute.make_rmem_tensor(a_block, dtype) for _ in range(Q_BLOCKS)),
+            rQ=tuple(cute.make_rmem_tensor(a_block, dtype) for _ in range(config.latent_blocks - 1)),
             rS=cute.make_rmem_tensor(acc, Float32),
             rP=cute.make_rmem_tensor(acc, dtype),
         )
@@ -241,34 +261,44 @@ class ScoreTiles:
 class DenseDecode:
     def __init__(self, config: MLAConfig):
         self.config = config
+        self.q_steps = (config.latent_blocks - 1) * STEPS  # k-steps with q in registers; its last latent block and rope stay in smem
+        self.open_steps = min(OPEN_STEPS, self.q_steps - STEPS)  # of them, issued in S2
+        self.group_a = self.q_steps - 1  # of them, in S2's first commit group; pv_go is sent when it is done
+        self.rope_steps = config.kv.rope // 16
 
     # ------------------------------------------------------------------ host
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # (request, query token, head, 576)
+        q: cute.Tensor,  # (request, query token, head, 576), or the first 512 columns
+        q_rope: cute.Tensor | None,  # the other columns, (request, query token, head, 64)
         cache: cute.Tensor,  # (page, token, kv head, 576)
-        block_table: cute.Tensor,  # (request, tile) int32
+        block_table: cute.Tensor,  # (request, page) int32
         items: cute.Tensor,  # (item, RECORD) int32
         parts: cute.Tensor,  # (part, RECORD) int32
         result: Outputs,
+        sink: cute.Tensor | None,  # (head,) f32
         softmax_scale: Float32,
         stream,
     ):
-        config, latent, blocks = self.config, self.config.kv.latent, self.config.latent_blocks
+        config, latent, rope, blocks = self.config, self.config.kv.latent, self.config.kv.rope, self.config.latent_blocks
         _, _, h_kv, _ = cache.shape
         _, s_q, h_q, _ = q.shape
+        cap = config.options.softcap
         args = Args(
             q=self._query_operand(q, 0, blocks),
-            q_tail=self._query_operand(q, Q_BLOCKS * BLOCK, 2),
+            q_last=self._query_operand(q, latent - BLOCK, 1),
+            q_rope=self._rope_operand(q, q_rope) if rope else None,
             latent=self._cache_operand(cache, 0, blocks),
-            rope=self._cache_operand(cache, latent, 1),
+            rope=self._cache_operand(cache, latent, 1, rope) if rope else None,
             block_table=block_table,
             items=items,
             parts=parts,
             result=result,
+            sink=sink,
             h_kv=h_kv,
-            scale_log2=softmax_scale * LOG2_E,
+            scale_log2=Float32(cap * LOG2_E) if cap else softmax_scale * LOG2_E,
+            cap_factor=softmax_scale * (2 * LOG2_E / cap) if cap else Float32(0.0),
         )
         row_tiles = num_row_tiles(config.head_tile, s_q, h_q, h_kv)
         self.kernel(args).launch(
@@ -280,20 +310,27 @@ class DenseDecode:
             use_pdl=True,
         )
 
-    def _query_operand(self, q, column, blocks):
+    def _query_operand(self, q, column, blocks, width=BLOCK):
         """columns column .. column + 64 * blocks of q as (head, query token, 64, block, request), see parts/rows.py"""
         b, s_q, h_q, _ = q.shape
         stride_b, stride_s, stride_h, _ = q.stride
         flat = self.config.head_tile == 0
         rows = (s_q * h_q, 1) if flat else (h_q, s_q)
-        layout = cute.make_layout((*rows, BLOCK, blocks, b), stride=(stride_h, stride_s, 1, BLOCK, stride_b))
+        layout = cute.make_layout((*rows, width, blocks, b), stride=(stride_h, stride_s, 1, BLOCK, stride_b))
         return TmaOperand.make(cute.make_tensor(q.iterator + column, layout), blocks, self.config.row_modes)
 
-    def _cache_operand(self, cache, column, blocks):
+    def _rope_operand(self, q, q_rope):
+        rope = self.config.kv.rope
+        if self.config.q_pair:
+            return self._query_operand(q_rope, 0, 1, rope)
+        return self._query_operand(q, self.config.kv.latent, 1, rope)
+
+    def _cache_operand(self, cache, column, blocks, width=BLOCK):
         num_pages, page, h_kv, _ = cache.shape
         stride_page, stride_token, stride_h, _ = cache.stride
-        shape, stride = (page, BLOCK, blocks, h_kv, num_pages), (stride_token, 1, BLOCK, stride_h, stride_page)
-        return TmaOperand.make(cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride)), blocks)
+        shape, stride = (page, width, blocks, h_kv, num_pages), (stride_token, 1, BLOCK, stride_h, stride_page)
+        tensor = cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride))
+        return TmaOperand.make(tensor, blocks, (self.config.box_tokens,))
 
     # ------------------------------------------------------------------ device: dispatch
     @cute.kernel
@@ -301,8 +338,9 @@ class DenseDecode:
         smem, bars = allocate(self.config)
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for operand in (args.q, args.q_tail, args.latent, args.rope):
-                cpasync.prefetch_descriptor(operand.atom)
+            for operand in (args.q, args.q_last, args.q_rope, args.latent, args.rope):
+                if const_expr(operand is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
                 bars.init(self.config)
             cute.arch.mbarrier_init_fence()
@@ -332,7 +370,8 @@ class DenseDecode:
 
     def _cache_load(self, operand, rows, sDst, full):
         source = operand.tensor[None, None, None, rows.kv_head, None]
-        return TmaLoad.make(operand.atom, source, sDst, full, hint=EVICT_FIRST, every_lane=self.config.lane_arrivals)
+        box, lanes = (self.config.box_tokens,), self.config.lane_arrivals
+        return TmaLoad.make(operand.atom, source, sDst, full, box, hint=EVICT_FIRST, every_lane=lanes)
 
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
@@ -344,18 +383,19 @@ class DenseDecode:
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
             item = WorkItem.read(smem.item[None, it & 1])
             self._load_q(x, smem, bars, pos.stage)
-            pos = pos.next(config.stages)
-            mask = Mask(rows, item.seqlen, config.causal)
-            lowest = mask.limit(0)
+            pos = pos.next(config.ring_slots)
+            mask = Mask(rows, item.seqlen, config.causal, config.options.window)
+            clear = mask.clear()
             softmax.reset()
             cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
 
             self._open_qk(x, bars, pos)  # first tile: no S1, S3
             self._close_qk(x, bars, pos, parity)
             self._await_qk(bars, False)
-            pos = pos.next(config.stages)
+            pos = pos.next(config.ring_slots)
             for tile in cutlass.range(item.first, item.end - 1, unroll=1):
-                mask.apply(x.rS, tile, lowest)  # S1
+                self._cap(x, args)
+                mask.apply(x.rS, tile, clear)  # S1
                 softmax.step(x.rS, x.rP)
                 self._pin_softmax(softmax, smem)
                 self._open_qk(x, bars, pos)  # S2
@@ -363,11 +403,13 @@ class DenseDecode:
                 self._publish_p(bars)
                 self._close_qk(x, bars, pos, parity ^ 1)  # S4
                 self._await_qk(bars, True)  # S5
-                pos = pos.next(config.stages)
+                pos = pos.next(config.ring_slots)
                 parity ^= 1
-            mask.apply(x.rS, item.end - 1, lowest)  # last tile: no S2, S4, S5
+            self._cap(x, args)
+            mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
             softmax.step(x.rS, x.rP)
             inv_sum = softmax.finalize()
+            self._join_sink(inv_sum, softmax, args, item, rows)
             self._store_p(x.rP, softmax.rescale, smem, bars, parity)
             self._store_rows(inv_sum, smem.inv_sum[None, it & 1])
             self._publish_p(bars)
@@ -381,8 +423,8 @@ class DenseDecode:
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), element_type(self.config))
         tid, _, _ = cute.arch.thread_idx()
         copy = cute.make_tiled_copy_A(atom, cute.make_tiled_mma(mma_qk(self.config, RMEM))).get_slice(tid)
-        for j in cutlass.range_constexpr(Q_BLOCKS):
-            cute.copy(atom, copy.partition_S(column_blocks(smem.ring)[None, None, j, stage]), copy.retile(x.rQ[j]))
+        for j in cutlass.range_constexpr(len(x.rQ)):
+            cute.copy(atom, copy.partition_S(column_blocks(smem.q_ring)[None, None, j, stage]), copy.retile(x.rQ[j]))
         cute.arch.sync_warp()
         arrive(bars.slot_empty + stage, self.config.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
 
@@ -400,9 +442,9 @@ class DenseDecode:
         cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
         warpgroup.fence()
         for k in cutlass.range_constexpr(STEPS):
-            cute.gemm(ss, x.rS, x.tQ[None, None, k], x.tK[None, None, Q_BLOCKS * STEPS + k, pos.stage], x.rS)
+            cute.gemm(ss, x.rS, x.tQ[None, None, k], x.tK[None, None, self.q_steps + k, pos.stage], x.rS)
             ss.set(warpgroup.Field.ACCUMULATE, True)
-        self._register_steps(x, pos.stage, 0, OPEN_STEPS)
+        self._register_steps(x, pos.stage, 0, self.open_steps)
 
     @cute.jit
     def _close_qk(self, x: ScoreTiles, bars: Barriers, pos: RingPos, rope_parity: Int32):
@@ -410,13 +452,14 @@ class DenseDecode:
         ss = cute.make_mma_atom(mma_qk(self.config, SMEM))
         ss.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
-        self._register_steps(x, pos.stage, OPEN_STEPS, GROUP_A)
+        self._register_steps(x, pos.stage, self.open_steps, self.group_a)
         warpgroup.commit_group()
-        self._register_steps(x, pos.stage, GROUP_A, Q_BLOCKS * STEPS)
-        cute.arch.mbarrier_wait(bars.rope_full, rope_parity)
-        warpgroup.fence()
-        for k in cutlass.range_constexpr(STEPS):
-            cute.gemm(ss, x.rS, x.tQ[None, None, STEPS + k], x.tRope[None, None, k], x.rS)
+        self._register_steps(x, pos.stage, self.group_a, self.q_steps)
+        if const_expr(self.rope_steps > 0):
+            cute.arch.mbarrier_wait(bars.rope_full, rope_parity)
+            warpgroup.fence()
+            for k in cutlass.range_constexpr(self.rope_steps):
+                cute.gemm(ss, x.rS, x.tQRope[None, None, k], x.tRope[None, None, k], x.rS)
         warpgroup.commit_group()
 
     @cute.jit
@@ -435,6 +478,10 @@ class DenseDecode:
             arrive(bars.pv_go, self.config.lane_arrivals)
         warpgroup.wait_group(0)
         arrive(bars.rope_empty, self.config.lane_arrivals)
+
+    def _cap(self, x: ScoreTiles, args: Args):
+        if self.config.options.softcap:
+            soft_cap(x.rS, args.cap_factor)
 
     @cute.jit
     def _store_p(self, rP, rRescale, smem: Smem, bars: Barriers, parity: Int32):
@@ -465,11 +512,21 @@ class DenseDecode:
             for r in cutlass.range_constexpr(2):
                 token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
                 if exists:
-                    v = softmax.lse(r)
+                    v = softmax.lse_log2(r)
                     if item.slot < 0:
-                        result.lse[item.batch, head, token] = v
+                        store_lse(self.config, result.lse, item.batch, rows.s_q, token, head, v)
                     else:
-                        result.lse_split[item.slot, token, head] = v
+                        result.lse_split[item.slot, token, head] = v * LN2
+
+    @cute.jit
+    def _join_sink(self, inv_sum, softmax: OnlineSoftmax, args: Args, item: WorkItem, rows: RowTile):
+        """(partial results are left without it: the combine adds it once)"""
+        if const_expr(self.config.sink):
+            if item.slot < 0:
+                for r in cutlass.range_constexpr(2):
+                    _, head, exists = rows.locate(fragment_row(thread_in_warpgroup()) + 8 * r)
+                    if exists:
+                        inv_sum[r] = inv_sum[r] * sink_share(softmax.lse_log2(r), args.sink[head])
 
     # ------------------------------------------------------------------ roles VALUE_LEFT (half 0) and VALUE_RIGHT (half 1)
     @cute.jit
@@ -478,8 +535,8 @@ class DenseDecode:
         mma = cute.make_tiled_mma(mma_pv(config))
         w = mma.get_slice(0)
         # v = latent^T: the same memory read as (column, token)
-        transposed = cute.make_ordered_layout((config.kv.latent, TILE, config.stages), order=(1, 0, 2))
-        sV = cute.local_tile(cute.composition(smem.ring, transposed), (columns, TILE, config.stages), (half, 0, 0))
+        transposed = cute.make_ordered_layout((config.kv.latent, TILE, config.ring_slots), order=(1, 0, 2))
+        sV = cute.local_tile(cute.composition(smem.ring, transposed), (columns, TILE, config.ring_slots), (half, 0, 0))
         tV, tP = w.make_fragment_B(w.partition_B(sV)), w.make_fragment_A(w.partition_A(smem.p))
         rO = cute.make_rmem_tensor(mma.partition_shape_C((TILE, columns)), Float32)
         warp_idx = uniform(cute.arch.warp_idx())
@@ -492,7 +549,7 @@ class DenseDecode:
         else:
             cursor = loads.start()
             if warp_idx == REFILL_WARP:
-                for stage in cutlass.range(config.stages, unroll=1):
+                for stage in cutlass.range(config.ring_slots, unroll=1):
                     cursor = loads.request(cursor, stage)
                 cursor = loads.wait_and_request(cursor, RingPos(Int32(0), Int32(0)))  # the first q slot
         pos, parity = RingPos(Int32(1), Int32(0)), Int32(0)
@@ -520,16 +577,19 @@ class DenseDecode:
                 if const_expr(half == 1):  # V5
                     if warp_idx == REFILL_WARP:
                         cursor = loads.wait_and_request(cursor, pos)
-                pos = pos.next(config.stages)
+                pos = pos.next(config.ring_slots)
                 parity ^= 1
             if const_expr(half == 1):  # V5, the next item's q slot
                 if warp_idx == REFILL_WARP:
                     if it + 1 < work.count:
                         cursor = loads.wait_and_request(cursor, pos)
-            pos = pos.next(config.stages)
+            pos = pos.next(config.ring_slots)
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             if item.slot < 0:
-                store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows, False)
+                if const_expr(config.out == "float32"):
+                    store_wide(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+                else:
+                    store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows, False)
             elif const_expr(config.split == "float32"):
                 store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
             else:
@@ -538,12 +598,14 @@ class DenseDecode:
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
         if half == 0:
-            rope = self._cache_load(args.rope, rows, smem.rope, bars.rope_full)
-            q_tail = self._query_load(args.q_tail, rows, smem.q_tail, bars.q_tail_full)
-            return Feed(rope, q_tail, args.block_table, work, bars.rope_empty)
-        q = self._query_load(args.q, rows, smem.ring, bars.slot_full)
+            q_last, rope, q_rope = self._query_load(args.q_last, rows, smem.q_last, bars.q_tail_full), None, None
+            if self.config.kv.rope:
+                rope = self._cache_load(args.rope, rows, smem.rope, bars.rope_full)
+                q_rope = self._query_load(args.q_rope, rows, smem.q_rope, bars.q_tail_full)
+            return Feed(rope, q_last, q_rope, self.config.page, args.block_table, work, bars.rope_empty)
+        q = self._query_load(args.q, rows, smem.q_ring, bars.slot_full)
         latent = self._cache_load(args.latent, rows, smem.ring, bars.slot_full)
-        return Refill(q, latent, args.block_table, work, smem.item, bars.slot_empty)
+        return Refill(q, latent, self.config.page, args.block_table, work, smem.item, bars.slot_empty)
 
     @cute.jit
     def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
@@ -564,40 +626,61 @@ class DenseDecode:
 
     @cute.jit
     def _zero_tail(self, half: Constexpr[int], sRing, stage: Int32, valid: Int32):
-        """zero the token rows >= valid of my 256 columns: a stale NaN there would survive the product with p = 0"""
+        """zero the token rows >= valid of my half's columns: a stale NaN there would survive the product with p = 0"""
         rZero = cute.make_rmem_tensor(8, element_type(self.config))
         rZero.fill(0.0)
-        tid = thread_in_warpgroup()
-        row, block, chunk = tid // 16, half * 4 + tid % 16 // 8, tid % 8
+        tid, blocks = thread_in_warpgroup(), self.config.latent_blocks // 2
+        wide = min(blocks, 2)  # column blocks of a pass, 8 threads each
+        rows = 128 // (8 * wide)
+        row, block, chunk = tid // (8 * wide), half * blocks + tid % (8 * wide) // 8, tid % 8
         sBlocks = column_blocks(sRing)  # (sliced by stage first: +48 instructions, 8 branches)
-        for j in cutlass.range_constexpr(TILE // 8):  # (unrolled: a loop costs uniform registers)
-            if 8 * j + row >= valid:
-                for k in cutlass.range_constexpr(2):
-                    sRow = sBlocks[8 * j + row, None, block + 2 * k, stage]
+        for j in cutlass.range_constexpr(TILE // rows):  # (unrolled: a loop costs uniform registers)
+            if rows * j + row >= valid:
+                for k in cutlass.range_constexpr(blocks // wide):
+                    sRow = sBlocks[rows * j + row, None, block + wide * k, stage]
                     cute.autovec_copy(rZero, cute.local_tile(sRow, (8,), (chunk,)))
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=NamedBarrier.ZERO_LEFT + half, number_of_threads=128)
 
 
 # ---------------------------------------------------------------------- compile-time signature
-def fake_args(config: MLAConfig):
-    """Symbolic arguments of `DenseDecode.__call__` before the scale and the stream: the ABI, for JIT, export and tests."""
-    from cutlass.cute.runtime import make_fake_tensor
+@dataclass(frozen=True)
+class FakeArgs:
+    """symbolic arguments of `DenseDecode.__call__`: the ABI, for JIT, export and tests"""
 
-    dtype, kv = element_type(config), config.kv
-    b, s_q, h_q, slots = (cute.sym_int() for _ in range(4))
-    wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: 16 bytes, what TMA and stores need
-    tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
-    return (
-        tensor(dtype, (b, s_q, h_q, kv.head_dim), (wide(), wide(), wide(), 1), 16),
-        tensor(dtype, (cute.sym_int(), config.page, cute.sym_int(), kv.head_dim), (wide(), wide(), wide(), 1), 16),
-        tensor(Int32, (b, cute.sym_int()), (wide(1), 1), 4),
-        tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
-        tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
-        Outputs(
-            tensor(dtype, (b, s_q, h_q, kv.latent), (wide(), wide(), wide(), 1), 16),
-            tensor(Float32, (b, h_q, s_q), (wide(1), wide(1), wide(1)), 4),
-            tensor(split_type(config), (slots, s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16),
-            tensor(Float32, (slots, s_q, h_q), (wide(1), wide(1), 1), 4),
-        ),
-    )
+    q: cute.Tensor
+    q_rope: cute.Tensor | None
+    cache: cute.Tensor
+    block_table: cute.Tensor
+    items: cute.Tensor
+    parts: cute.Tensor
+    result: Outputs
+    sink: cute.Tensor | None
+
+    @classmethod
+    def of(cls, config: MLAConfig):
+        from cutlass.cute.runtime import make_fake_tensor
+
+        dtype, kv = element_type(config), config.kv
+        b, s_q, h_q, slots, tokens = (cute.sym_int() for _ in range(5))
+        wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: 16 bytes, what TMA and stores need
+        tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
+        vectors = lambda dt, *shape: tensor(dt, shape, (wide(), wide(), wide(), 1), 16)
+        by_token = config.options.lse_by_token
+        lse = tensor(Float32, (tokens, h_q) if by_token else (b, h_q, s_q), (wide(1),) * 2 if by_token else (wide(1),) * 3, 4)
+        o_split = tensor(split_type(config), (slots, s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16)
+        return cls(
+            q=vectors(dtype, b, s_q, h_q, kv.latent if config.q_pair else kv.head_dim),
+            q_rope=vectors(dtype, b, s_q, h_q, kv.rope) if config.q_pair else None,
+            cache=vectors(dtype, cute.sym_int(), config.page, cute.sym_int(), kv.head_dim),
+            block_table=tensor(Int32, (b, cute.sym_int()), (wide(1), 1), 4),
+            items=tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
+            parts=tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
+            result=Outputs(
+                vectors(out_type(config), b, s_q, h_q, kv.latent),
+                lse,
+                o_split,
+                tensor(Float32, (slots, s_q, h_q), (wide(1), wide(1), 1), 4),
+            ),
+            sink=tensor(Float32, (h_q,), (1,), 4) if config.sink else None,
+        )

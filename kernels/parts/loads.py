@@ -1,4 +1,6 @@
-"""TMA operands and whole-warp requests of tiles."""
+"""TMA operands, whole-warp requests of tiles, and the way from tiles to cache pages."""
+
+import math
 
 from dataclasses import dataclass
 
@@ -8,34 +10,36 @@ from cutlass import Constexpr, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ..config import TILE
-from .tiles import BLOCK, column_blocks, swizzled
+from .ptx import lane_value
+from .tiles import BLOCK, row_boxes, swizzled
 
 EVICT_FIRST = 0x12F0000000000000  # an L2 cache policy
 
 
 @dataclass(frozen=True)
 class TmaOperand:
-    """A gmem tensor (rows .., 64, block, index ..) that is moved tile by tile, one instruction each.  The rows of a tile may be
-    several modes: for q they are (head, token)."""
+    """A gmem tensor (rows .., 64, block, index ..) that is moved box by box, one instruction each.  A box is a tile, or with few
+    tokens a page a part of its rows.  Its rows may be several modes: for q they are (head, token).  Columns past the
+    tensor's (a rope of 32) arrive as zeros."""
 
     atom: cute.CopyAtom
     tensor: cute.Tensor  # coordinates
 
     @classmethod
     def make(cls, m, blocks, row_modes=(TILE,)):
-        """the box of an instruction is `blocks` column blocks of a tile"""
+        """the box of an instruction is `blocks` column blocks of rows `row_modes`"""
         box = (*row_modes, BLOCK, blocks)
-        layout = cute.composition(swizzled(m.element_type, TILE, BLOCK, blocks), cute.make_layout(box))
+        layout = cute.composition(swizzled(m.element_type, math.prod(row_modes), BLOCK, blocks), cute.make_layout(box))
         return cls(*cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), m, layout, box))
 
 
 @dataclass(frozen=True)
 class TmaLoad:
-    """request of tile `index` of gmem into slot `slot` of smem"""
+    """requests of gmem's tiles into the slots of smem"""
 
     atom: cute.CopyAtom
-    src: cute.Tensor  # (box, index)
-    dst: cute.Tensor  # (box, slot)
+    src: cute.Tensor  # (box, number of the box in rows, index)
+    dst: cute.Tensor  # (box, number of the box in rows, slot)
     full: cute.Pointer  # mbarrier [slot]
     num_bytes: Constexpr[int]
     hint: Constexpr[int | None]
@@ -45,8 +49,8 @@ class TmaLoad:
     def make(cls, atom, source, sDst, full, row_modes=(TILE,), hint=None, every_lane=False):
         """source: the operand's tensor moved to this CTA's rows, (rows .., 64, block, index); sDst: (row, column, slot)"""
         blocks, slots = cute.size(sDst, mode=[1]) // BLOCK, cute.size(sDst, mode=[2])
-        box = (*row_modes, BLOCK, blocks)
-        sBoxes = cute.composition(column_blocks(sDst), cute.make_layout((*box, slots)))
+        box, rows = (*row_modes, BLOCK, blocks), math.prod(row_modes)
+        sBoxes = cute.composition(row_boxes(sDst, rows), cute.make_layout((*box, TILE // rows, slots)))
         tDst, tSrc = cpasync.tma_partition(
             atom,
             0,
@@ -54,23 +58,78 @@ class TmaLoad:
             cute.group_modes(cute.flat_divide(sBoxes, box), 0, len(box)),
             cute.group_modes(cute.flat_divide(source, box), 0, len(box)),
         )
-        only = (0,) * len(box)  # the tile is one box
+        others = (0,) * (len(box) - 1)  # a box has all columns
         num_bytes = TILE * cute.size(sDst, mode=[1]) * sDst.element_type.width // 8
-        return cls(atom, tSrc[(None, *only, None)], tDst[(None, *only, None)], full, num_bytes, hint, every_lane)
+        src, dst = tSrc[(None, None, *others, None)], tDst[(None, *others, 0, None, None)]
+        return cls(atom, src, dst, full, num_bytes, hint, every_lane)
 
     @cute.jit
     def start(self, index: Int32, slot: Int32):
-        """by a whole warp: cute.copy elects a lane itself"""
+        """a tile that is one box; by a whole warp: cute.copy elects a lane itself"""
+        self._expect(slot)
+        self._copy(0, index, 0, slot)
+
+    @cute.jit
+    def start_tile(self, span: "PageSpan", tile: Int32, slot: Int32):
+        """KV tile `tile` of a request, box by box from its pages"""
+        self._expect(slot)
+        boxes = cute.size(self.dst, mode=[1])
+        for i in cutlass.range_constexpr(boxes):
+            row, page = span.locate(tile, i, TILE // boxes)
+            self._copy(row, page, i, slot)
+
+    @cute.jit
+    def _expect(self, slot: Int32):
         full = self.full + slot
         if const_expr(self.every_lane):
             cute.arch.mbarrier_arrive(full)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full, self.num_bytes)
+
+    @cute.jit
+    def _copy(self, src_box: Int32, index: Int32, dst_box: Constexpr[int], slot: Int32):
         hint = None if const_expr(self.hint is None) else Int64(self.hint)
-        cute.copy(self.atom, self.src[None, index], self.dst[None, slot], tma_bar_ptr=full, cache_policy=hint)
+        src, dst = self.src[None, src_box, index], self.dst[None, dst_box, slot]
+        cute.copy(self.atom, src, dst, tma_bar_ptr=self.full + slot, cache_policy=hint)
 
 
-def load_pages(block_table, batch, tile, end):
-    """Lane i gets the page of tile + i (clamped to the item's last tile: entries past a request's end are never read).
-    Pages and work records are held one per lane: a uniform load would be waited for on the spot."""
-    return block_table[batch, cutlass.min(tile + cute.arch.lane_idx(), end - 1)]
+# ---------------------------------------------------------------------- pages
+def tiles_per_load(page: int) -> int:
+    """tiles whose pages fit into one table entry a lane, wherever the first one begins in its page"""
+    offset = page - math.gcd(page, TILE)
+    fits = [n for n in (1, 2, 4, 8, 16, 32) if (offset + n * TILE - 1) // page + 1 <= 32]
+    return fits[-1]
+
+
+@dataclass(frozen=True)
+class PageSpan:
+    """The pages of tiles base .. base + tiles_per_load - 1 of a request, one table entry a lane: a uniform load would be waited
+    for on the spot.  Entries past the request's end are never read: tokens there come from its last page again, whatever they
+    are: scores are masked and rows of v zeroed."""
+
+    page: Constexpr[int]
+    entries: Int32  # per lane
+    base: Int32
+
+    @classmethod
+    def load(cls, page, block_table, batch, base, end, seqlen):
+        """tiles base .. end - 1, or the first of them"""
+        last = (end - 1) * TILE // page  # its first token exists; so do the others of its page, as far as TMA cares
+        if page % TILE:
+            last = (cutlass.min(end * TILE, seqlen) - 1) // page
+        return cls(page, block_table[batch, cutlass.min(base * TILE // page + cute.arch.lane_idx(), last)], base)
+
+    @classmethod
+    def around(cls, page, entries, first, tile):
+        """the span loaded last, where it is reloaded in tile `first` of an item and every tiles_per_load from there"""
+        return cls(page, entries, tile - (tile - first) % tiles_per_load(page))
+
+    def locate(self, tile, i, rows):
+        """box i, of `rows` tokens, of tile `tile`: its number in its page, and the page"""
+        if self.page == TILE:
+            return 0, lane_value(self.entries, tile - self.base)
+        if self.page % TILE == 0:
+            tiles = self.page // TILE
+            return tile % tiles, lane_value(self.entries, tile // tiles - self.base // tiles)
+        token = tile * TILE + i * rows
+        return token % self.page // rows, lane_value(self.entries, token // self.page - self.base * TILE // self.page)

@@ -1,6 +1,7 @@
 """What the two requesting warps of the decode kernel ask for next: `Refill` keeps the ring full, `Feed` rope and q tail.
 
-Both walk the same items: q, tile first, .., tile end - 1, then the next item.  Global loads made here are used one call later.
+Both walk the same items: q, tile first, .., tile end - 1, then the next item.  Global loads made here are used one call later:
+page ids are held one a lane and reloaded every tiles_per_load(page) tiles, 32 with pages of 64 tokens.
 The role owns the cursor: cursor = refill.wait_and_request(cursor, ..).
 """
 
@@ -8,12 +9,14 @@ from dataclasses import dataclass, fields
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Constexpr, Int32, const_expr
 
-from .loads import TmaLoad, load_pages
+from .loads import PageSpan, TmaLoad, tiles_per_load
 from .ptx import lane_value, uniform
 from .sync import RingPos
-from .work import RECORD, Work
+from .work import RECORD, Work, WorkItem
+
+BATCH, FIRST, END, SEQLEN = ([f.name for f in fields(WorkItem)].index(name) for name in ("batch", "first", "end", "seqlen"))
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Cursor:
     first: Int32
     tile: Int32
     end: Int32
+    seqlen: Int32
     record: Int32  # per lane: field lane % RECORD of the next record to start
-    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
+    pages: Int32  # per lane: PageSpan.entries
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Refill:
 
     q: TmaLoad
     latent: TmaLoad
+    page: Constexpr[int]
     block_table: cute.Tensor
     work: Work
     sItem: cute.Tensor  # (RECORD, item parity)
@@ -43,31 +48,31 @@ class Refill:
 
     def start(self):
         zero = Int32(0)
-        return Cursor(zero, Boolean(True), zero, zero, zero, zero, self.work.head, zero)
+        return Cursor(zero, Boolean(True), zero, zero, zero, zero, zero, self.work.head, zero)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
-        it, wants_q, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(Cursor))
+        it, wants_q, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
         lane = cute.arch.lane_idx()
         if it < self.work.count:
             if wants_q:
                 if lane < RECORD:
                     self.sItem[lane, it & 1] = record
                 cute.arch.sync_warp()
-                batch, first, end = lane_value(record, 0), lane_value(record, 1), lane_value(record, 2)
+                batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
                 tile, wants_q = first, Boolean(False)
                 self.q.start(batch, stage)
-                pages = load_pages(self.block_table, batch, first, end)
+                pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
                 if it + 1 < self.work.count:
                     record = self.work.records[it + 1, lane % RECORD]
             else:
-                self.latent.start(lane_value(pages, tile - first), stage)
+                self.latent.start_tile(PageSpan.around(self.page, pages, first, tile), tile, stage)
                 tile += 1
                 if tile == end:
                     it, wants_q = it + 1, Boolean(True)
-                elif (tile - first) % 32 == 0:
-                    pages = load_pages(self.block_table, batch, tile, end)
-        return Cursor(it, wants_q, batch, first, tile, end, record, pages)
+                elif (tile - first) % tiles_per_load(self.page) == 0:
+                    pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
+        return Cursor(it, wants_q, batch, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: Cursor, pos: RingPos):
@@ -84,16 +89,19 @@ class RopeCursor:
     first: Int32
     tile: Int32
     end: Int32
+    seqlen: Int32
     record: Int32  # per lane: field lane % RECORD of the record of item it + 1
-    pages: Int32  # per lane: see load_pages, reloaded every 32 tiles
+    pages: Int32  # per lane: PageSpan.entries
 
 
 @dataclass(frozen=True)
 class Feed:
-    """rope of each tile; with an item's first tile, its q tail"""
+    """rope of each tile; with an item's first tile, the columns of its q that do not fit into registers"""
 
-    rope: TmaLoad
-    q_tail: TmaLoad
+    rope: TmaLoad | None  # None: no rope
+    q_last: TmaLoad
+    q_rope: TmaLoad | None
+    page: Constexpr[int]
     block_table: cute.Tensor
     work: Work
     rope_empty: cute.Pointer
@@ -104,24 +112,28 @@ class Feed:
     @cute.jit
     def _open_item(self, it: Int32, record: Int32):
         """a cursor at the item's first tile; past the last item, one that requests nothing"""
-        batch, first, end = (uniform(lane_value(record, i)) for i in range(3))
+        batch, first, end, seqlen = (uniform(lane_value(record, i)) for i in (BATCH, FIRST, END, SEQLEN))
         after = self.work.records[cutlass.min(it + 1, self.work.count - 1), cute.arch.lane_idx() % RECORD]
-        return RopeCursor(it, batch, first, first, end, after, load_pages(self.block_table, batch, first, end))
+        pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
+        return RopeCursor(it, batch, first, first, end, seqlen, after, pages)
 
     @cute.jit
     def request(self, c: RopeCursor):
-        it, batch, first, tile, end, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
+        it, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
         if it < self.work.count:
             if tile == first:
-                self.q_tail.start(batch, 0)
-            self.rope.start(lane_value(pages, (tile - first) % 32), 0)
+                self.q_last.start(batch, 0)
+                if const_expr(self.q_rope is not None):
+                    self.q_rope.start(batch, 0)
+            if const_expr(self.rope is not None):
+                self.rope.start_tile(PageSpan.around(self.page, pages, first, tile), tile, 0)
             tile += 1
             if tile == end:
                 opened = self._open_item(it + 1, record)
-                it, batch, first, tile, end, record, pages = (getattr(opened, f.name) for f in fields(RopeCursor))
-            elif (tile - first) % 32 == 0:
-                pages = load_pages(self.block_table, batch, tile, end)
-        return RopeCursor(it, batch, first, tile, end, record, pages)
+                it, batch, first, tile, end, seqlen, record, pages = (getattr(opened, f.name) for f in fields(RopeCursor))
+            elif (tile - first) % tiles_per_load(self.page) == 0:
+                pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
+        return RopeCursor(it, batch, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: RopeCursor, parity: Int32):

@@ -1,11 +1,21 @@
-"""A warpgroup's 64 x 256 half of o -> gmem.  Rows that do not exist are not stored."""
+"""A warpgroup's half of o, 64 rows x latent / 2 -> gmem.  Rows that do not exist are not stored."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
 from .ptx import pack_half
+from .softmax import LN2
 from .tiles import element, fragment_row, thread_in_warpgroup
+
+
+def store_lse(config, gLse, batch, s_q, token, head, lse_log2):
+    """to where and in the base that the options say"""
+    v = lse_log2 if config.options.lse_log2 else lse_log2 * LN2
+    if config.options.lse_by_token:
+        gLse[batch * s_q + token, head] = v
+    else:
+        gLse[batch, head, token] = v
 
 
 @cute.jit
@@ -17,7 +27,7 @@ def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[boo
     odd, high = (tid & 1) == 1, (tid & 2) == 2
     for r in cutlass.range_constexpr(2):
         token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
-        for g in cutlass.range_constexpr(8):
+        for g in cutlass.range_constexpr(cute.size(rO) // 16):
             rOut = cute.make_rmem_tensor(8, gO.element_type)
             v = cute.recast_tensor(rOut, Int32)
             for i in cutlass.range_constexpr(4):
@@ -30,7 +40,7 @@ def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[boo
                 got = cute.arch.shuffle_sync_bfly(v[lo] if bit else v[hi], offset=off)
                 v[lo], v[hi] = (got if bit else v[lo]), (v[hi] if bit else got)
             if exists:
-                cute.autovec_copy(rOut, cute.local_tile(gO[token, head, None], (8,), (half * 32 + g * 4 + tid % 4,)))
+                cute.autovec_copy(rOut, cute.local_tile(gO[token, head, None], (8,), (half * cute.size(rO) // 4 + g * 4 + tid % 4,)))
 
 
 @cute.jit
@@ -40,7 +50,7 @@ def store_wide(half: Constexpr[int], rO, inv_sum, gO, rows):
     for r in cutlass.range_constexpr(2):
         token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
         if exists:
-            for i in cutlass.range_constexpr(32):
+            for i in cutlass.range_constexpr(cute.size(rO) // 4):
                 v = cute.make_rmem_tensor(2, gO.element_type)
                 v[0], v[1] = rO[element(r, 2 * i)] * inv_sum[r], rO[element(r, 2 * i + 1)] * inv_sum[r]
-                cute.autovec_copy(v, cute.local_tile(gO[token, head, None], (2,), (half * 128 + i * 4 + tid % 4,)))
+                cute.autovec_copy(v, cute.local_tile(gO[token, head, None], (2,), (half * cute.size(rO) + i * 4 + tid % 4,)))

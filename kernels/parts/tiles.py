@@ -21,15 +21,27 @@ def split_type(config):
     return TYPES[config.split]
 
 
-def swizzled(dtype, *shape):
-    """(row, column, ..) K-major with the 128-byte swizzle"""
+def out_type(config):
+    return TYPES[config.out]
+
+
+def swizzled(dtype, *shape, by_rows=False):
+    """(row, column, ..) K-major with the 128-byte swizzle.  Its atoms, 8 rows x 64 columns, lie column block after column block;
+    by_rows: row group after row group, so that 8 rows of all columns are one piece of memory, which one TMA box can fill."""
     atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
-    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+    order = (1, 0, *range(2, len(shape))) if by_rows else tuple(range(len(shape)))
+    return cute.tile_to_shape(atom, shape, order=order)
 
 
 def column_blocks(s):
     """(row, column, slot) -> (row, 64, block, slot)"""
     return cute.flat_divide(s, (TILE, BLOCK))[None, None, 0, None, None]
+
+
+def row_boxes(s, rows):
+    """(row, column, slot) -> (row, 64, block, group of `rows` rows, slot)"""
+    boxes = cute.flat_divide(s, (rows, BLOCK))
+    return cute.make_tensor(boxes.iterator, cute.select(boxes.layout, mode=[0, 1, 3, 2, 4]))
 
 
 def thread_in_warpgroup():
