@@ -8,10 +8,10 @@ import torch
 
 from . import checks, compile, heuristics, ops
 from .checks import need
-from .kernels.config import TILE, ScheduleConfig
+from .kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
 from .kernels.parts.work import MERGE, RECORD
 from .kv_cache import PagedKVCache
-from .schedule import num_slots
+from .schedule import num_items, num_slots
 
 
 @functools.cache
@@ -36,6 +36,12 @@ class DecodePlan:
     partials: element type of the partial results of a request that several CTAs share.  float16 does not show in the error of
     out (1.8e-3 with either, bf16), but clamps them at +-65504, far beyond any normalised latent; float32 does not, and takes up
     to a quarter longer at small batch.
+
+    batch_invariant: how a request is cut depends on its own length alone, and its pieces are merged in one order: out and lse
+    have the same bits whatever else is in the batch, and wherever in it.  A request of n tokens is cut into at most
+    min(32, sqrt(n / 64) / row tiles) pieces, each of which needs a partial result: the workspace grows with batch and capacity.
+
+    config: another cost model of the schedule.
     """
 
     def __init__(
@@ -45,7 +51,8 @@ class DecodePlan:
         num_queries: int = 1,
         *,
         partials: torch.dtype = torch.float16,
-        config: ScheduleConfig = ScheduleConfig(),
+        batch_invariant: bool = False,
+        config: ScheduleConfig | None = None,
     ):
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache is a {type(cache).__name__}; allowed: a PagedKVCache")
@@ -57,6 +64,9 @@ class DecodePlan:
             num_heads,
             f"a multiple of the cache's {cache.num_kv_heads} kv heads",
         )
+        config = config or (BATCH_INVARIANT if batch_invariant else ScheduleConfig())
+        fixed = config.max_pieces > 0
+        need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
         need(partials in (torch.float16, torch.float32), "partials", partials, "torch.float16 or torch.float32")
         checks.is_hopper("cache.pool", cache.pool)
@@ -72,10 +82,11 @@ class DecodePlan:
         self.row_tiles = heuristics.row_tiles(head_tile, num_queries, num_heads, cache.num_kv_heads)
         self.max_parts = heuristics.max_parts(self.row_tiles, self.num_sms)
         int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
-        self.items = int32(self.batch + self.max_parts, RECORD)
+        sizes = (self.batch, self.row_tiles, self.max_parts, self.capacity // TILE, config)
+        self.items = int32(max(1, num_items(*sizes)), RECORD)
         self.parts = int32(self.max_parts, RECORD)
         self.merges = int32(1 + self.batch, MERGE)
-        slots = num_slots(self.max_parts)
+        slots = num_slots(*sizes)
         self.o_split = torch.empty(slots, num_queries, num_heads, cache.format.latent, dtype=partials, device=self.device)
         self.lse_split = torch.empty(slots, num_queries, num_heads, dtype=torch.float32, device=self.device)
         self.constants = _constants(config)

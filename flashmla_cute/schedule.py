@@ -4,11 +4,12 @@ The tests hold the device to it record by record; `flashmla-cute demo` runs it w
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import isqrt
 
-from .kernels.config import TILE, ScheduleConfig
+from .kernels.config import MAX_ROW_TILES, TILE, ScheduleConfig
 
 NUM_CANDIDATES = 32
 
@@ -26,14 +27,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Merge:
-    """Pieces of a request to merge; piece i lies in slot first_slot + max(0, 2i - 1).  No pieces: a request without tokens."""
+    """Pieces of a request to merge; piece i lies in slot first_slot + i.  No pieces: a request without tokens."""
 
     batch: int
     first_slot: int
     pieces: int
 
     def slots(self) -> list[int]:
-        return [self.first_slot + max(0, 2 * i - 1) for i in range(self.pieces)]
+        return list(range(self.first_slot, self.first_slot + self.pieces))
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,49 @@ class Schedule:
     items: tuple[Item, ...]  # part p works on items[part_begin[p] : part_begin[p + 1]]
     part_begin: tuple[int, ...]
     merges: tuple[Merge, ...]
-    num_parts: int  # of max_parts that have work
+    num_parts: int  # of max_parts that may have work
 
     def part(self, p: int) -> tuple[Item, ...]:
         return self.items[self.part_begin[p] : self.part_begin[p + 1]]
 
 
-def num_slots(max_parts: int) -> int:
-    """partial results that any batch can need"""
+def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
+    """partial results that `batch` requests of up to `max_tiles` tiles can need"""
+    if config.max_pieces:
+        return max(1, batch * num_pieces(max_tiles, row_tiles, config))
     return max(1, 2 * max_parts - 2)
+
+
+def num_items(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
+    """records that they can need"""
+    return batch * num_pieces(max_tiles, row_tiles, config) if config.max_pieces else batch + max_parts
+
+
+def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
+    """pieces that a request has before the cuts"""
+    if not config.max_pieces:
+        return int(tiles > 0)
+    pieces = isqrt(config.piece_gain * tiles // min(row_tiles, MAX_ROW_TILES) ** 2)
+    return max(min(pieces, tiles, config.max_pieces), int(tiles > 0))
+
+
+def piece_begin(tiles: int, pieces: int, i: int) -> int:
+    """first tile of piece i"""
+    return tiles * i // pieces
+
+
+def piece_cut(prefix: Sequence[int], items: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
+    """cut p of 0 .. parts, at the nearest edge of a piece -> (the first item behind it, cost before that)"""
+    batch, total = len(prefix) - 1, prefix[-1]
+    if p >= parts or total == 0:
+        return items[batch], total
+    x = total * p // parts
+    request = bisect_right(prefix, x, 0, batch) - 1
+    weight, pieces = prefix[request + 1] - prefix[request], items[request + 1] - items[request]
+    mean = weight // pieces
+    i = min((x - prefix[request] + mean // 2) // mean, pieces)
+    tiles = weight - item_tiles * pieces
+    return items[request] + i, prefix[request] + piece_begin(tiles, pieces, i) + item_tiles * i
 
 
 def candidate(i: int, max_parts: int, most: int) -> int:
@@ -98,8 +133,20 @@ def build_schedule(
 ) -> Schedule:
     """lengths: tokens of each request; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share one's work."""
     tiles = [min((max(n, 0) + TILE - 1) // TILE, max_tiles) for n in lengths]
-    prefix = [0, *accumulate(t + config.item_tiles if t else 0 for t in tiles)]
-    filled = [0, *accumulate(int(t > 0) for t in tiles)]
+    seqlens = [min(n, max_tiles * TILE) for n in lengths]
+    pieces = [num_pieces(n, row_tiles, config) for n in tiles]
+    prefix = [0, *accumulate(n + config.item_tiles * k for n, k in zip(tiles, pieces))]
+    make = _of_fixed_pieces if config.max_pieces else _of_cuts
+    return make(tiles, seqlens, prefix, [0, *accumulate(pieces)], row_tiles, max_parts, config)
+
+
+def _cheapest(cost: Callable[[int], int], max_parts: int, most: int) -> int:
+    """number of parts: the first of equals"""
+    return min((candidate(i, max_parts, most) for i in range(NUM_CANDIDATES)), key=cost)
+
+
+def _of_cuts(tiles, seqlens, prefix, filled, row_tiles, max_parts, config) -> Schedule:
+    """cut where it balances the batch"""
 
     def cuts_of(parts):
         return [cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)]
@@ -108,20 +155,40 @@ def build_schedule(
         cuts = cuts_of(parts)
         return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + count_pieces(cuts) * row_tiles
 
-    parts = min(
-        (candidate(i, max_parts, prefix[-1] - config.item_tiles) for i in range(NUM_CANDIDATES)), key=cost
-    )  # the first of equals
+    parts = _cheapest(cost, max_parts, prefix[-1] - config.item_tiles)
     cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
     inside = [0, *accumulate(int(tile > 0) for _, tile in cuts)]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
+    items, merges, next_slot = [], [], 0
+    for request, n in enumerate(tiles):
+        edges = [tile for r, tile in cuts[1:parts] if r == request and tile > 0]
+        num = len(edges) + 1 if edges else 0
+        if not n or edges:
+            merges.append(Merge(request, next_slot if edges else 0, num))
+        if n:
+            slots = range(next_slot, next_slot + num) if edges else [-1]
+            items += [Item(request, a, b, slot, seqlens[request]) for (a, b), slot in zip(pairwise([0, *edges, n]), slots)]
+        next_slot += num
+    return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)
+
+
+def _of_fixed_pieces(tiles, seqlens, prefix, first, row_tiles, max_parts, config) -> Schedule:
+    """each request in the pieces that its own length asks for"""
+
+    def cuts_of(parts):
+        return [piece_cut(prefix, first, p, parts, config.item_tiles) for p in range(parts + 1)]
+
+    def longest(parts):
+        return max(end - begin for (_, begin), (_, end) in pairwise(cuts_of(parts)))
+
+    parts = _cheapest(longest, max_parts, first[-1])
+    part_begin = [item for item, _ in cuts_of(parts)] + [first[-1]] * (max_parts - parts)
     items, merges = [], []
     for request, n in enumerate(tiles):
-        length = min(lengths[request], max_tiles * TILE)
-        mine = [p for p in range(1, parts) if cuts[p][0] == request and cuts[p][1] > 0]
-        if not n or mine:
-            merges.append(Merge(request, 2 * mine[0] - 2 if mine else 0, len(mine) + 1 if mine else 0))
-        if n:
-            edges = [0, *(cuts[p][1] for p in mine), n]
-            slots = [2 * mine[0] - 2 if mine else -1, *(2 * p - 1 for p in mine)]
-            items += [Item(request, a, b, slot, length) for a, b, slot in zip(edges, edges[1:], slots)]
+        num = first[request + 1] - first[request]
+        edges = [piece_begin(n, num, i) for i in range(num + 1)] if n else []
+        for i, (a, b) in enumerate(pairwise(edges)):
+            items.append(Item(request, a, b, first[request] + i if num > 1 else -1, seqlens[request]))
+        if num != 1:
+            merges.append(Merge(request, first[request] if num else 0, num))
     return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)

@@ -4,7 +4,8 @@
 
 A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
 A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
-thousands of rows of two pieces (a large batch) both fill the card.  A fixed grid walks the list that kernels/schedule.py wrote;
+thousands of rows of two pieces (a large batch) both fill the card.  The order of the sum depends on that number, so a
+batch-invariant schedule names it.  A fixed grid walks the list that kernels/schedule.py wrote;
 a step without splits costs an empty launch, overlapped with the decode kernel's tail.
 """
 
@@ -35,7 +36,7 @@ class Args:
 
     o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head) f32
-    merges: cute.Tensor  # (1 + request, MERGE): number; then request, first slot, pieces
+    merges: cute.Tensor  # (1 + request, MERGE): number, warps of a unit or 0; then request, first slot, pieces
     o: cute.Tensor  # (request, query token, head, latent)
     lse: cute.Tensor  # (request, head, query token), or (token, head)
     sink: cute.Tensor | None  # (head,) f32
@@ -87,9 +88,11 @@ class Combine:
         _, s_q, h_q, _ = args.o.shape
         # The list was complete before the decode kernel let this one start: all that does not need its results goes first.
         units = args.merges[0, 0] * s_q * h_q * self.chunks
-        share = Int32(1)  # warps of a unit
-        while (share < WARPS) & (units * share * 2 <= num_ctas * WARPS):
-            share *= 2
+        share = args.merges[0, 1]  # warps of a unit
+        if share == 0:
+            share = Int32(1)
+            while (share < WARPS) & (units * share * 2 <= num_ctas * WARPS):
+                share *= 2
         warp = cute.arch.warp_idx()
         per_cta = WARPS // share
         unit = self._locate(args, cta * per_cta + warp // share, units)
@@ -161,7 +164,7 @@ class Combine:
         for i in cutlass.range_constexpr(IN_FLIGHT):
             piece = base + share * i
             if piece < unit.pieces:
-                slot = piece_slot(unit.first_slot, piece)
+                slot = unit.first_slot + piece
                 gPiece = args.o_split[slot, unit.token, unit.head, None]
                 cute.autovec_copy(cute.local_tile(gPiece, (self.vector,), (column,)), rPiece[None, i])
                 rWeight[i] = args.lse_split[slot, unit.token, unit.head]
@@ -180,7 +183,7 @@ class Combine:
         lane = cute.arch.lane_idx()
         most, total = Float32(LEAST), Float32(0.0)
         for piece in cutlass.range(lane, unit.pieces, 32, unroll=1):
-            weight = args.lse_split[piece_slot(unit.first_slot, piece), unit.token, unit.head] * LOG2_E
+            weight = args.lse_split[unit.first_slot + piece, unit.token, unit.head] * LOG2_E
             above = cute.arch.fmax(most, weight)
             total = total * cute.math.exp2(most - above, fastmath=True) + cute.math.exp2(weight - above, fastmath=True)
             most = above
@@ -191,11 +194,6 @@ class Combine:
             scale = above + cute.math.log2(total, fastmath=True)
             lse = scale
         return scale, lse
-
-
-def piece_slot(first_slot, piece):
-    """see kernels/schedule.py"""
-    return first_slot + cutlass.max(2 * piece - 1, 0)
 
 
 def fake_merges():

@@ -7,6 +7,7 @@ BLOCK_BYTES = 128  # width of a swizzled column block of shared memory
 RING_BYTES = 3 * 64 * 1024  # of shared memory for KV tiles and q in flight
 PAGE_STEP, MAX_PAGE = 8, 1024  # tokens: a row group of the swizzle; what the tests cover
 SMEM_LIMIT = 232448  # bytes a CTA may have on sm_90; the DSL does not check it at compile time
+MAX_PIECES, MAX_PIECE_GAIN, MAX_ROW_TILES = 32, 32, 1024  # within these, the maths of fixed pieces fits 32 bits
 LAUNCH_REGISTERS = 168  # ptxas gives 384 threads this many each; setmaxnreg only moves them between warpgroups
 
 
@@ -156,13 +157,24 @@ class ScheduleConfig:
 
     item_tiles: int = 3  # what an item costs beside its tiles, in tiles: q in, o out
     tile_cost: int = 40  # a KV tile, in pieces
+    max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
+    piece_gain: int = 1  # such a request of n tiles has sqrt(piece_gain * n) / row tiles pieces
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
+    def __post_init__(self):
+        for name, least, most in (("max_pieces", 0, MAX_PIECES), ("piece_gain", 1, MAX_PIECE_GAIN)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"ScheduleConfig: {name} is {value}; allowed: {least} .. {most}")
+
     @property
     def name(self) -> str:
-        return f"schedule_{self.item_tiles}_{self.tile_cost}"
+        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}" if self.max_pieces else ""
+        return f"schedule_{self.item_tiles}_{self.tile_cost}{fixed}"
 
+
+BATCH_INVARIANT = ScheduleConfig(max_pieces=32)
 
 # What the CPU tests compile and gate; the first is the one most callers get.
 PRESETS = tuple(

@@ -2,27 +2,32 @@
 
 No host sync, a fixed grid, every buffer of a fixed size: a CUDA graph replays it with other lengths.  The steps, each over
 threads, a barrier between them (parts/spans.py has the maths of a cut):
-  1  prefix sums over the requests: cost C, and the number that have tokens
+  1  prefix sums over the requests: cost C, and items as far as they are known before the cuts
   2  warp i tries one number of parts: cost = longest part * tile_cost + split pieces * row tiles; the cheapest wins
-  3  thread p finds cut p; a prefix sum over the cuts inside a request numbers the pieces
+  3  thread p finds cut p; prefix sums over the cuts inside a request number pieces and slots
   4  thread r writes request r's first item, thread p the item that begins at cut p, then part p's record
   5  requests to merge (split, or without tokens: their out and lse are written there) are listed for kernels/combine.py
 
-A split piece has a slot for its partial result.  Cut p = 1 .. parts - 1 inside a request owns slots 2p - 2 and 2p - 1: the
-request's first piece ends at its first cut and takes 2p - 2; every piece that begins at a cut takes 2p - 1.  So piece i of a
-request whose first slot is s lies in slot s + max(0, 2i - 1), and 2 * parts - 2 slots are enough.
+A split piece has a slot for its partial result, those of a request one after the other: one slot for each cut inside a
+request, and one for each request that has such cuts.
+
+With config.max_pieces, results are batch-invariant: every request is cut into the pieces that its length alone asks for, each
+is an item and has the slot of its own number, and step 2 only balances whole pieces over the parts.  The merge then keeps to
+one order (FIXED_SHARE).
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
-from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, upper_bound
+from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, num_pieces, piece_begin, piece_cut, upper_bound
 from .parts.work import BEGIN, COUNT, MERGE, RECORD
+
+FIXED_SHARE = 1  # warps that merge a row of a batch-invariant schedule
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Args:
     cache_seqlens: cute.Tensor  # (request,)
     items: cute.Tensor  # out, (request + part, RECORD)
     parts: cute.Tensor  # out, (part, RECORD): the part's first item, where its items begin, and how many they are
-    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0, 0] is their number
+    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and the warps a row must get (0: any)
     row_tiles: Int32
     max_tiles: Int32  # longer lengths are cut to what the block table can name
 
@@ -40,10 +45,11 @@ class Args:
 @dataclass(frozen=True)
 class Smem:
     prefix: cute.Tensor  # (request + 1,) cost before the request
-    filled: cute.Tensor  # (request + 1,) requests with tokens before it
+    items: cute.Tensor  # (request + 1,) items before it, not counting those that begin at a cut
     cut_request: cute.Tensor  # (part + 1,)
     cut_tile: cute.Tensor  # (part + 1,)
     inside: cute.Tensor  # (part + 1,) cuts inside a request before it
+    slot: cute.Tensor  # (part + 1,) of the piece that begins at the cut
     begin: cute.Tensor  # (part + 1,) first item behind the cut
     cost: cute.Tensor  # (candidate,)
     warp_sum: cute.Tensor  # (warp,)
@@ -92,10 +98,11 @@ class BuildSchedule:
         @cute.struct
         class Storage:
             prefix: cute.struct.MemRange[Int32, config.max_batch + 1]
-            filled: cute.struct.MemRange[Int32, config.max_batch + 1]
+            items: cute.struct.MemRange[Int32, config.max_batch + 1]
             cut_request: cute.struct.MemRange[Int32, num_cuts]
             cut_tile: cute.struct.MemRange[Int32, num_cuts]
             inside: cute.struct.MemRange[Int32, num_cuts]
+            slot: cute.struct.MemRange[Int32, num_cuts]
             begin: cute.struct.MemRange[Int32, num_cuts]
             cost: cute.struct.MemRange[Int32, NUM_CANDIDATES]
             warp_sum: cute.struct.MemRange[Int32, 32]
@@ -104,10 +111,11 @@ class BuildSchedule:
         view = lambda field, n: field.get_tensor(cute.make_layout(n))
         return Smem(
             view(storage.prefix, config.max_batch + 1),
-            view(storage.filled, config.max_batch + 1),
+            view(storage.items, config.max_batch + 1),
             view(storage.cut_request, num_cuts),
             view(storage.cut_tile, num_cuts),
             view(storage.inside, num_cuts),
+            view(storage.slot, num_cuts),
             view(storage.begin, num_cuts),
             view(storage.cost, NUM_CANDIDATES),
             view(storage.warp_sum, 32),
@@ -138,23 +146,29 @@ class BuildSchedule:
         return cutlass.min((cutlass.max(length, 0) + TILE - 1) // TILE, args.max_tiles)
 
     @cute.jit
+    def _num_pieces(self, args: Args, tiles: Int32):
+        """before the cuts"""
+        return num_pieces(tiles, args.row_tiles, max(self.config.max_pieces, 1), self.config.piece_gain)
+
+    @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):
         """1"""
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
-        cost, filled = Int32(0), Int32(0)
+        cost, items = Int32(0), Int32(0)
         if tid == 0:
             smem.prefix[0] = 0
-            smem.filled[0] = 0
+            smem.items[0] = 0
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             tiles = self._num_tiles(args, base + tid)
-            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles if tiles > 0 else Int32(0))
-            count, filled_sum = self._scan(smem, Int32(1) if tiles > 0 else Int32(0))
+            pieces = self._num_pieces(args, tiles)
+            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles * pieces)
+            count, item_sum = self._scan(smem, pieces)
             if base + tid < batch:
                 smem.prefix[base + tid + 1] = cost + weight
-                smem.filled[base + tid + 1] = filled + count
+                smem.items[base + tid + 1] = items + count
             cost += cost_sum
-            filled += filled_sum
+            items += item_sum
         cute.arch.sync_threads()
 
     @cute.jit
@@ -162,18 +176,16 @@ class BuildSchedule:
         """2"""
         tid, _, _ = cute.arch.thread_idx()
         lane, warp = tid % 32, tid // 32
-        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.parts.shape[0], self.config.item_tiles
-        most = smem.prefix[batch] - item_tiles
+        batch, max_parts = args.cache_seqlens.shape[0], args.parts.shape[0]
+        most = smem.prefix[batch] - self.config.item_tiles
+        if const_expr(self.config.max_pieces > 0):
+            most = smem.items[batch]
         parts = candidate(warp, max_parts, most)
         longest, pieces = Int32(0), Int32(0)
         for p in cutlass.range(lane, parts, 32, unroll=1):
-            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
-            next_request, next_tile = cut(smem.prefix, batch, p + 1, parts, item_tiles)
-            longest = cutlass.max(longest, load_of(smem.prefix, request, tile, next_request, next_tile, item_tiles))
-            if tile > 0:
-                pieces += 1  # begins at a cut
-            if (next_tile > 0) & ((next_request != request) | (tile == 0)):
-                pieces += 1  # a request's first piece ends at the next cut
+            load, split = self._part_cost(smem, batch, p, parts)
+            longest = cutlass.max(longest, load)
+            pieces += split
         longest = cute.arch.warp_redux_sync(longest, "max")
         pieces = cute.arch.warp_redux_sync(pieces, "add")
         if lane == 0:
@@ -185,22 +197,68 @@ class BuildSchedule:
         return candidate(best, max_parts, most)
 
     @cute.jit
+    def _part_cost(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
+        """tiles of part p, and what it adds to the number of split pieces"""
+        item_tiles, load, pieces = self.config.item_tiles, Int32(0), Int32(0)
+        if const_expr(self.config.max_pieces > 0):  # (however many parts: the pieces are the same)
+            _, begin = piece_cut(smem.prefix, smem.items, batch, p, parts, item_tiles)
+            _, end = piece_cut(smem.prefix, smem.items, batch, p + 1, parts, item_tiles)
+            load = end - begin
+        else:
+            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
+            next_request, next_tile = cut(smem.prefix, batch, p + 1, parts, item_tiles)
+            load = load_of(smem.prefix, request, tile, next_request, next_tile, item_tiles)
+            if tile > 0:
+                pieces += 1  # begins at a cut
+            if (next_tile > 0) & ((next_request != request) | (tile == 0)):
+                pieces += 1  # a request's first piece ends at the next cut
+        return load, pieces
+
+    @cute.jit
     def _cuts(self, args: Args, smem: Smem, parts: Int32):
         """3"""
         p, _, _ = cute.arch.thread_idx()
-        batch = args.cache_seqlens.shape[0]
-        request, tile = cut(smem.prefix, batch, p, parts, self.config.item_tiles)
-        is_inside = Int32(1) if tile > 0 else Int32(0)
-        through, _ = self._scan(smem, is_inside)
-        smem.cut_request[p] = request
-        smem.cut_tile[p] = tile
-        smem.inside[p] = through - is_inside
-        smem.begin[p] = smem.filled[request] + through
+        batch, item_tiles = args.cache_seqlens.shape[0], self.config.item_tiles
+        if const_expr(self.config.max_pieces > 0):
+            smem.begin[p], _ = piece_cut(smem.prefix, smem.items, batch, p, parts, item_tiles)
+        else:
+            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
+            smem.cut_request[p] = request
+            smem.cut_tile[p] = tile
+            cute.arch.sync_threads()
+            inside, first = Int32(0), Int32(0)
+            if tile > 0:
+                inside, first = Int32(1), Int32(1)
+                if (smem.cut_request[p - 1] == request) & (smem.cut_tile[p - 1] > 0):
+                    first = Int32(0)
+            sums, _ = self._scan(smem, inside + first * (1 << 16))
+            through, split = sums & 0xFFFF, sums >> 16
+            smem.inside[p] = through - inside
+            smem.slot[p] = through - inside + split
+            smem.begin[p] = smem.items[request] + through
         cute.arch.sync_threads()
 
     @cute.jit
     def _items(self, args: Args, smem: Smem, parts: Int32):
         """4"""
+        if const_expr(self.config.max_pieces > 0):
+            self._fixed_items(args, smem)
+        else:
+            self._cut_items(args, smem, parts)
+
+    @cute.jit
+    def _fixed_items(self, args: Args, smem: Smem):
+        tid, _, _ = cute.arch.thread_idx()
+        batch = args.cache_seqlens.shape[0]
+        for item in cutlass.range(tid, smem.items[batch], self.config.num_threads, unroll=1):
+            request = upper_bound(smem.items, batch, item) - 1
+            tiles, piece = self._num_tiles(args, request), item - smem.items[request]
+            pieces = smem.items[request + 1] - smem.items[request]
+            begin, end = piece_begin(tiles, pieces, piece), piece_begin(tiles, pieces, piece + 1)
+            self._write(args, item, (request, begin, end, item if pieces > 1 else Int32(-1)))
+
+    @cute.jit
+    def _cut_items(self, args: Args, smem: Smem, parts: Int32):
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
         for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
@@ -208,14 +266,14 @@ class BuildSchedule:
             if tiles > 0:
                 p = self._first_cut_after(smem, request, parts)
                 is_split = smem.cut_request[p] == request
-                end, slot = smem.cut_tile[p] if is_split else tiles, 2 * p - 2 if is_split else Int32(-1)
-                self._write(args, smem.filled[request] + smem.inside[p], (request, Int32(0), end, slot))
+                end, slot = smem.cut_tile[p] if is_split else tiles, smem.slot[p] - 1 if is_split else Int32(-1)
+                self._write(args, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
         if (tid > 0) & (tid < parts):
             request, tile = smem.cut_request[tid], smem.cut_tile[tid]
             if tile > 0:
                 ends_inside = smem.cut_request[tid + 1] == request
                 end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
-                self._write(args, smem.filled[request] + smem.inside[tid] + 1, (request, tile, end, 2 * tid - 1))
+                self._write(args, smem.items[request] + smem.inside[tid] + 1, (request, tile, end, smem.slot[tid]))
 
     @cute.jit
     def _parts(self, args: Args, smem: Smem):
@@ -251,15 +309,10 @@ class BuildSchedule:
         tid, _, _ = cute.arch.thread_idx()
         batch, listed = args.cache_seqlens.shape[0], Int32(0)
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
-            request, pieces, first_slot, wanted = base + tid, Int32(0), Int32(0), Int32(0)
+            request, pieces, first_slot = base + tid, Int32(1), Int32(0)
             if request < batch:
-                if smem.filled[request + 1] == smem.filled[request]:
-                    wanted = Int32(1)  # no tokens: zero pieces
-                else:
-                    p = self._first_cut_after(smem, request, parts)
-                    if smem.cut_request[p] == request:
-                        wanted, first_slot = Int32(1), 2 * p - 2
-                        pieces = upper_bound(smem.cut_request, parts, request) - p + 1
+                pieces, first_slot = self._pieces(smem, request, parts)
+            wanted = Int32(1) if pieces != 1 else Int32(0)
             index, num = self._scan(smem, wanted)
             if wanted > 0:
                 for i, value in enumerate((request, first_slot, pieces, Int32(0))):
@@ -267,6 +320,19 @@ class BuildSchedule:
             listed += num
         if tid == 0:
             args.merges[0, 0] = listed
+            args.merges[0, 1] = FIXED_SHARE if const_expr(self.config.max_pieces > 0) else 0
+
+    @cute.jit
+    def _pieces(self, smem: Smem, request: Int32, parts: Int32):
+        """how many, 0 without tokens, and the slot of the first if they are several"""
+        first_slot, pieces = Int32(0), smem.items[request + 1] - smem.items[request]
+        if pieces > 0:
+            first_slot = smem.items[request]
+            if const_expr(self.config.max_pieces == 0):
+                p = self._first_cut_after(smem, request, parts)
+                if smem.cut_request[p] == request:
+                    first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
+        return pieces, first_slot
 
 
 def fake_args(config: ScheduleConfig):

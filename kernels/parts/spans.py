@@ -5,11 +5,16 @@ Request r costs weight[r] = tiles[r] + item_tiles, or 0 without tokens; C is the
 n parts, cut p lies at x = item_tiles + p * (total - item_tiles) / n on that line, because the part that begins there pays
 item_tiles once more: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that would leave a piece shorter than
 `snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
+
+Batch-invariant schedules cut a request by its own length alone, into num_pieces(..) pieces that differ by one tile at most.
+Each of them is an item, C counts them all, and cut p lies at the edge of a piece that is nearest to p * total / n.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32
+
+from ..config import MAX_ROW_TILES
 
 NUM_CANDIDATES = 32  # one per warp
 
@@ -66,3 +71,36 @@ def load_of(
     begin = prefix[request] + (tile + item_tiles if tile > 0 else 0)
     end = prefix[next_request] + (next_tile + item_tiles if next_tile > 0 else 0)
     return end - begin + (item_tiles if tile > 0 else 0)
+
+
+# ---------------------------------------------------------------------- batch-invariant: cuts at the edges of fixed pieces
+@cute.jit
+def num_pieces(tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int]) -> Int32:
+    """the largest n <= max_pieces, tiles with (n * row_tiles)^2 <= gain * tiles, at least 1; 0 without tiles"""
+    pieces = Int32(1) if tiles > 0 else Int32(0)
+    rows = cutlass.min(row_tiles, MAX_ROW_TILES)
+    while (pieces < cutlass.min(tiles, max_pieces)) & ((pieces + 1) * rows * (pieces + 1) * rows <= tiles * gain):
+        pieces += 1
+    return pieces
+
+
+@cute.jit
+def piece_begin(tiles: Int32, pieces: Int32, i: Int32) -> Int32:
+    """first tile of piece i"""
+    return tiles // pieces * i + tiles % pieces * i // pieces
+
+
+@cute.jit
+def piece_cut(prefix: cute.Tensor, items: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: Constexpr[int]):
+    """cut p of 0 .. parts -> (the first item behind it, cost before that); items: those before a request"""
+    total = prefix[batch]
+    item, cost = items[batch], total
+    if (p < parts) & (total > 0):
+        x = total // parts * p + total % parts * p // parts
+        request = upper_bound(prefix, batch, x) - 1
+        weight, pieces = prefix[request + 1] - prefix[request], items[request + 1] - items[request]
+        mean, x = weight // pieces, x - prefix[request]
+        i = cutlass.min(x // mean + (x % mean + mean // 2) // mean, pieces)
+        item = items[request] + i
+        cost = prefix[request] + piece_begin(weight - item_tiles * pieces, pieces, i) + item_tiles * i
+    return item, cost

@@ -50,10 +50,10 @@ class Pieces:
     @classmethod
     def make(cls, pieces: dict[int, int], s_q: int, h_q: int, seed: int = 0, partials=torch.float16) -> "Pieces":
         generator = torch.Generator("cuda").manual_seed(seed)
-        slots, first = {}, 4  # as kernels/schedule.py hands them out: piece i in first + max(0, 2 i - 1)
+        slots, first = {}, 4  # as kernels/schedule.py hands them out: one after the other
         for request, count in pieces.items():
-            slots[request] = [first + max(0, 2 * i - 1) for i in range(count)]
-            first += max(2 * count, 2)
+            slots[request] = [first + i for i in range(count)]
+            first += count + 1
         o = torch.full((first + 2, s_q, h_q, 512), float("nan"), dtype=partials, device="cuda")
         lse = torch.full((first + 2, s_q, h_q), float("nan"), device="cuda")
         for slot in (slot for mine in slots.values() for slot in mine):

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from flashmla_cute import DecodePlan, PagedKVCache
-from flashmla_cute.kernels.config import TILE, ScheduleConfig
+from flashmla_cute.kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
 from flashmla_cute.kernels.parts.work import BEGIN, COUNT
+from flashmla_cute.kernels.schedule import FIXED_SHARE
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
 pytestmark = pytest.mark.gpu
 
 BATCHES = (1, 2, 3, 8, 31, 33, 66, 131, 132, 133, 264, 1000, 1023, 1024, 1025, 2000)
 SHAPES = ((16, 1), (128, 1), (128, 2), (200, 3))  # (heads, query tokens): 1, 2, 4, 10 row tiles
+CONFIGS = {"balanced": ScheduleConfig(), "batch-invariant": BATCH_INVARIANT}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 KINDS = {
     "any": lambda r: r.randrange(0, 5000),
     "short": lambda r: r.randrange(0, 130),
@@ -32,7 +35,9 @@ def make_plan(lengths: list[int], num_heads: int, num_queries: int, max_pages: i
     pool = torch.empty(1, TILE, 1, 576, dtype=torch.bfloat16, device="cuda")
     table = torch.empty(1, max_pages, dtype=torch.int32, device="cuda").expand(len(lengths), -1)
     seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    plan = DecodePlan(PagedKVCache.from_tensors(pool, table, seqlens), num_heads, num_queries, **options)
+    invariant = options.get("config", CONFIGS["balanced"]).max_pieces > 0
+    cache = PagedKVCache.from_tensors(pool, table, seqlens)
+    plan = DecodePlan(cache, num_heads, num_queries, batch_invariant=invariant, **options)
     poison(plan)
     plan.update()
     return plan
@@ -53,6 +58,7 @@ def read(plan: DecodePlan) -> Schedule:
         assert part[:BEGIN] == records[part[BEGIN]][:BEGIN] if part[COUNT] else part[COUNT] == 0
     assert [part[COUNT] for part in parts] == [end - begin for begin, end in pairwise(part_begin)]
     items = tuple(Item(*record[:5]) for record in records)
+    assert merges[0][1:] == [FIXED_SHARE if plan.config.max_pieces else 0, -77, -77]
     listed = tuple(Merge(*row[:3]) for row in merges[1 : 1 + merges[0][0]])
     return Schedule(items, tuple(part_begin), listed, sum(part[COUNT] > 0 for part in parts))
 
@@ -67,21 +73,31 @@ def assert_equals_twin(plan: DecodePlan, lengths: list[int]):
         assert some == others, f"{where}\n{lengths}, {plan.row_tiles} row tiles, {plan.max_parts} parts"
 
 
+@every_config
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_twin(kind):
+def test_equals_the_twin(kind, config):
     for seed, batch in enumerate(BATCHES):
         drawn = random.Random(seed)
         lengths = [KINDS[kind](drawn) for _ in range(batch)]
         heads, queries = SHAPES[seed % len(SHAPES)]
-        assert_equals_twin(make_plan(lengths, heads, queries), lengths)
+        assert_equals_twin(make_plan(lengths, heads, queries, config=config), lengths)
 
 
-def test_many_small_batches():
+@every_config
+def test_many_small_batches(config):
     drawn = random.Random(1)
     for _ in range(300):
         lengths = [drawn.choice((0, 1, 64, 65, drawn.randrange(20_000))) for _ in range(drawn.randrange(1, 20))]
         heads, queries = drawn.choice(SHAPES)
-        assert_equals_twin(make_plan(lengths, heads, queries), lengths)
+        assert_equals_twin(make_plan(lengths, heads, queries, config=config), lengths)
+
+
+@pytest.mark.parametrize("max_pieces, piece_gain", [(1, 1), (5, 1), (32, 32)])
+def test_other_fixed_pieces(max_pieces, piece_gain):
+    config, drawn = ScheduleConfig(max_pieces=max_pieces, piece_gain=piece_gain), random.Random(5)
+    for batch in (1, 7, 132, 300):
+        lengths = [drawn.randrange(0, 9000) for _ in range(batch)]
+        assert_equals_twin(make_plan(lengths, 128, 1, config=config), lengths)
 
 
 @pytest.mark.parametrize("item_tiles, tile_cost", [(0, 20), (1, 1), (5, 0), (3, 1000)])
@@ -99,24 +115,27 @@ def test_lengths_beyond_the_table_are_cut_to_it():
     assert {item.batch: item.seqlen for item in read(plan).items} == {0: 128, 1: 128, 2: 128, 3: 128, 4: 128}
 
 
-def test_the_largest_batch():
+@every_config
+def test_the_largest_batch(config):
     drawn, batch = random.Random(3), ScheduleConfig().max_batch
     lengths = [drawn.randrange(0, 300) for _ in range(batch)]
-    assert_equals_twin(make_plan(lengths, 16, 1), lengths)
+    assert_equals_twin(make_plan(lengths, 16, 1, max_pages=5, config=config), lengths)
     with pytest.raises(ValueError, match=f"cache.batch is {batch + 1}; allowed: up to {batch}"):
         make_plan([1] * (batch + 1), 16, 1)
 
 
-def test_more_row_tiles_than_sms():
+@every_config
+def test_more_row_tiles_than_sms(config):
     lengths = [1000, 0, 70]
-    plan = make_plan(lengths, 128, 100)
+    plan = make_plan(lengths, 128, 100, config=config)
     assert plan.max_parts == 1
     assert_equals_twin(plan, lengths)
 
 
-def test_a_graph_replays_it_for_other_lengths():
+@every_config
+def test_a_graph_replays_it_for_other_lengths(config):
     drawn, batch = random.Random(4), 100
-    plan = make_plan([64] * batch, 128, 1)
+    plan = make_plan([64] * batch, 128, 1, config=config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan.update()

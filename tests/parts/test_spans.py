@@ -8,12 +8,13 @@ from cutlass import Constexpr, Int32
 from cutlass.cute.runtime import from_dlpack
 
 from flashmla_cute import schedule
+from flashmla_cute.kernels.config import ScheduleConfig
 from flashmla_cute.kernels.parts import spans
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-MAX_BATCH, MAX_PARTS = 100, 140
+MAX_BATCH, MAX_PARTS, ITEM_TILES = 100, 140, 3
 
 
 @cute.jit
@@ -37,6 +38,21 @@ def upper_bounds(prefix: cute.Tensor, out: cute.Tensor, count: Int32):
         out[x] = spans.upper_bound(prefix, count, x)
 
 
+@cute.jit
+def all_piece_cuts(prefix: cute.Tensor, items: cute.Tensor, out: cute.Tensor, batch: Int32, parts: Int32):
+    """out[p] = (item, cost) of cut p"""
+    for p in cutlass.range(parts + 1):
+        out[p, 0], out[p, 1] = spans.piece_cut(prefix, items, batch, p, parts, ITEM_TILES)
+
+
+@cute.jit
+def pieces_of(out: cute.Tensor, tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int]):
+    """out = number of pieces, then where each begins"""
+    out[0] = spans.num_pieces(tiles, row_tiles, max_pieces, gain)
+    for i in cutlass.range(cutlass.min(out[0], 1) * (out[0] + 1)):
+        out[1 + i] = spans.piece_begin(tiles, out[0], i)
+
+
 def int32(*shape):
     tensor = torch.full(shape, -7, dtype=torch.int32)
     return tensor, from_dlpack(tensor)
@@ -50,6 +66,8 @@ class Native:
         self.cuts, self._cuts = int32(MAX_PARTS + 1, 3)
         self.candidates, self._candidates = int32(spans.NUM_CANDIDATES)
         self.bounds, self._bounds = int32(64)
+        self.items, self._items = int32(MAX_BATCH + 1)
+        self.pieces, self._pieces = int32(64)
         self._run_candidates = cute.compile(all_candidates, self._candidates, Int32(1), Int32(1))
         self._run_bounds = cute.compile(upper_bounds, self._prefix, self._bounds, Int32(1))
         self._run_cuts = {
@@ -57,10 +75,25 @@ class Native:
             for item_tiles in (0, 1, 3, 5)
         }
 
+        self._run_piece_cuts = cute.compile(all_piece_cuts, self._prefix, self._items, self._cuts, Int32(1), Int32(1))
+        self._run_pieces = {
+            sizes: cute.compile(pieces_of, self._pieces, Int32(1), Int32(1), *sizes) for sizes in ((1, 1), (32, 1), (32, 32))
+        }
+
     def run_cuts(self, prefix, parts, item_tiles):
         self.prefix[: len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
         self._run_cuts[item_tiles](self._prefix, self._cuts, len(prefix) - 1, parts)
         return self.cuts[: parts + 1, :2].tolist(), self.cuts[:parts, 2].tolist()
+
+    def run_piece_cuts(self, prefix, items, parts):
+        self.prefix[: len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
+        self.items[: len(items)] = torch.tensor(items, dtype=torch.int32)
+        self._run_piece_cuts(self._prefix, self._items, self._cuts, len(prefix) - 1, parts)
+        return self.cuts[: parts + 1, :2].tolist()
+
+    def run_pieces(self, tiles, row_tiles, sizes):
+        self._run_pieces[sizes](self._pieces, tiles, row_tiles)
+        return self.pieces[: 2 + int(self.pieces[0])].tolist() if tiles else self.pieces[:1].tolist()
 
     def run_candidates(self, max_parts, total):
         self._run_candidates(self._candidates, max_parts, total)
@@ -121,3 +154,44 @@ def test_upper_bound_counts_the_entries_up_to_x(native, ascending):
 
 def test_the_twin_tries_as_many_candidates():
     assert schedule.NUM_CANDIDATES == spans.NUM_CANDIDATES
+
+
+@hypothesis.given(
+    tiles=st.one_of(st.integers(0, 5000), st.integers(0, 2**25)),
+    row_tiles=st.one_of(st.integers(1, 9), st.integers(1, 5000)),
+    sizes=st.sampled_from([(1, 1), (32, 1), (32, 32)]),
+)
+@hypothesis.settings(max_examples=500)
+def test_fixed_pieces_equal_the_twin(native, tiles, row_tiles, sizes):
+    """up to the longest request, 2^31 tokens"""
+    max_pieces, gain = sizes
+    num = schedule.num_pieces(tiles, row_tiles, ScheduleConfig(max_pieces=max_pieces, piece_gain=gain))
+    wanted = [num, *(schedule.piece_begin(tiles, num, i) for i in range(num + 1))] if tiles else [0]
+    assert native.run_pieces(tiles, row_tiles, sizes) == wanted
+
+
+@st.composite
+def fixed_batches(draw):
+    """(prefix, items, parts) of requests in 1 .. 32 pieces"""
+    tiles = draw(st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 100_000)), min_size=1, max_size=MAX_BATCH))
+    prefix, items = [0], [0]
+    for n in tiles:
+        pieces = draw(st.integers(1, min(n, 32))) if n else 0
+        prefix.append(prefix[-1] + n + ITEM_TILES * pieces)
+        items.append(items[-1] + pieces)
+    return prefix, items, draw(st.integers(1, MAX_PARTS))
+
+
+@hypothesis.given(batch=fixed_batches())
+@hypothesis.settings(max_examples=500)
+def test_piece_cut_equals_the_twin(native, batch):
+    prefix, items, parts = batch
+    cuts = [schedule.piece_cut(prefix, items, p, parts, ITEM_TILES) for p in range(parts + 1)]
+    assert native.run_piece_cuts(prefix, items, parts) == [list(cut) for cut in cuts]
+    assert cuts == sorted(cuts) and cuts[0] == (0, 0)
+
+
+def test_piece_cut_does_not_overflow(native):
+    prefix, items = [0, 2**31 - 1], [0, 32]
+    wanted = [list(schedule.piece_cut(prefix, items, p, MAX_PARTS, ITEM_TILES)) for p in range(MAX_PARTS + 1)]
+    assert native.run_piece_cuts(prefix, items, MAX_PARTS) == wanted

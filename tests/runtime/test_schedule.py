@@ -1,5 +1,7 @@
 """The schedule's Python twin: what every schedule must fulfil, and batches whose best schedule is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from flashmla_cute import schedule
@@ -10,15 +12,23 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 CONFIG = ScheduleConfig(item_tiles=3, tile_cost=20)
+INVARIANT = replace(CONFIG, max_pieces=32)
 lengths_of = st.lists(st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 70000)), min_size=1, max_size=80)
 
 
+cost_models = st.builds(ScheduleConfig, item_tiles=st.integers(0, 6), tile_cost=st.integers(0, 60))
+fixed_pieces = st.builds(
+    ScheduleConfig, item_tiles=st.integers(0, 6), max_pieces=st.integers(1, 32), piece_gain=st.integers(1, 32)
+)
+
+every_config = st.one_of(cost_models, fixed_pieces)
+
+
 @st.composite
-def problems(draw):
+def problems(draw, configs=every_config):
     """(lengths, row_tiles, max_parts, config, max_tiles)"""
-    config = ScheduleConfig(item_tiles=draw(st.integers(0, 6)), tile_cost=draw(st.integers(0, 60)))
     max_tiles = draw(st.sampled_from([1, 7, 300, 1 << 30]))
-    return draw(lengths_of), draw(st.integers(1, 8)), draw(st.integers(1, 140)), config, max_tiles
+    return draw(lengths_of), draw(st.integers(1, 8)), draw(st.integers(1, 140)), draw(configs), max_tiles
 
 
 def tiles_of(lengths, max_tiles):
@@ -58,11 +68,13 @@ def test_parts_are_consecutive_items(problem):
 
 @hypothesis.given(problems())
 def test_pieces_have_slots_of_their_own_and_are_merged(problem):
-    lengths, _, max_parts, _, _ = problem
+    lengths, row_tiles, max_parts, config, max_tiles = problem
     plan = build_schedule(*problem)
     slots = [item.slot for item in plan.items if item.slot >= 0]
     assert len(set(slots)) == len(slots)
-    assert all(0 <= slot < schedule.num_slots(max_parts) for slot in slots)
+    sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tiles)), config
+    assert all(0 <= slot < schedule.num_slots(*sizes) for slot in slots)
+    assert len(plan.items) <= schedule.num_items(*sizes)
     pieces = {i: [item for item in plan.items if item.batch == i] for i in range(len(lengths))}
     assert all((item.slot < 0) == (len(mine) == 1) for mine in pieces.values() for item in mine)
     merged = {merge.batch: merge.slots() for merge in plan.merges}
@@ -71,7 +83,7 @@ def test_pieces_have_slots_of_their_own_and_are_merged(problem):
     assert merged == wanted  # split requests in the order of their pieces; a request without tokens merges nothing
 
 
-@hypothesis.given(problems())
+@hypothesis.given(problems(cost_models))
 def test_no_two_pieces_of_a_request_in_one_part(problem):
     plan = build_schedule(*problem)
     for p in range(plan.num_parts):
@@ -79,7 +91,7 @@ def test_no_two_pieces_of_a_request_in_one_part(problem):
         assert len(set(batches)) == len(batches)
 
 
-@hypothesis.given(problems())
+@hypothesis.given(problems(cost_models))
 def test_load_balance(problem):
     """Cuts lie ceil(total / parts) apart at most.  Moving to a request's edge takes one at most snap - 1 on, or
     snap - 1 + item_tiles back (over the edge's own item), and a part that begins inside a request pays for one item more:
@@ -92,7 +104,7 @@ def test_load_balance(problem):
     assert longest <= -(-total // plan.num_parts) + config.item_tiles + 2 * (snap - 1)
 
 
-@hypothesis.given(problems())
+@hypothesis.given(problems(cost_models))
 def test_chooses_the_cheapest_candidate(problem):
     """its cost, counted on the items it lists, is that of no other number of parts beaten"""
     lengths, row_tiles, max_parts, config, max_tiles = problem
@@ -155,3 +167,60 @@ def test_more_pieces_cost_more_row_tiles():
     """the same request in fewer pieces when each of them is merged for more rows"""
     pieces = [len(build_schedule([8192], row_tiles=n, max_parts=66, config=CONFIG).items) for n in (1, 4, 16, 64)]
     assert pieces == sorted(pieces, reverse=True) and pieces[-1] < pieces[0]
+
+
+# ---------------------------------------------------------------------- batch-invariant
+def pieces_of(plan, request):
+    """(first, end) of the request's items, and whether they are partial results"""
+    return [(item.first, item.end, item.slot >= 0) for item in plan.items if item.batch == request]
+
+
+@hypothesis.given(problems(fixed_pieces), st.data())
+def test_a_request_is_cut_by_its_length_alone(problem, data):
+    lengths, row_tiles, _, config, max_tiles = problem
+    plan = build_schedule(*problem)
+    for i, length in enumerate(lengths):
+        others = data.draw(lengths_of)
+        at = data.draw(st.integers(0, len(others)))
+        batch = [*others[:at], length, *others[at:]]
+        other = build_schedule(batch, row_tiles, data.draw(st.integers(1, 140)), config, max_tiles)
+        assert pieces_of(plan, i) == pieces_of(other, at)
+
+
+@hypothesis.given(problems(fixed_pieces))
+def test_fixed_pieces_are_even_and_as_many_as_documented(problem):
+    lengths, row_tiles, _, config, max_tiles = problem
+    plan = build_schedule(*problem)
+    for i, n in enumerate(tiles_of(lengths, max_tiles)):
+        sizes = [end - first for first, end, _ in pieces_of(plan, i)]
+        assert not n or max(sizes) - min(sizes) <= 1
+        allowed = [k for k in range(1, min(n, config.max_pieces) + 1) if (k * row_tiles) ** 2 <= config.piece_gain * n]
+        assert len(sizes) == max(allowed, default=min(n, 1))
+
+
+@hypothesis.given(problems(fixed_pieces))
+def test_load_balance_of_whole_pieces(problem):
+    """a cut moves to the nearest edge of a piece: by half of the longest, and a tile where the pieces of a request differ"""
+    config = problem[3]
+    plan = build_schedule(*problem)
+    pieces = [item.end - item.first + config.item_tiles for item in plan.items]
+    longest = max(part_cost(plan.part(p), config.item_tiles) for p in range(plan.num_parts))
+    assert longest <= -(-sum(pieces) // plan.num_parts) + max(pieces, default=0) + 2 * config.max_pieces
+
+
+@pytest.mark.parametrize("batch, length, row_tiles, parts", [(16, 4096, 2, 66), (16, 4096, 1, 132), (64, 4096, 2, 66)])
+def test_equal_requests_in_fixed_pieces_fill_the_card(batch, length, row_tiles, parts):
+    plan = build_schedule([length] * batch, row_tiles, parts, INVARIANT)
+    counts = [len(plan.part(p)) for p in range(parts)]
+    assert max(counts) == -(-len(plan.items) // parts)
+
+
+@pytest.mark.parametrize("row_tiles, wanted", [(1, 8), (2, 4), (4, 2), (8, 1), (5000, 1)])
+def test_more_row_tiles_take_fewer_pieces(row_tiles, wanted):
+    assert schedule.num_pieces(64, row_tiles, INVARIANT) == wanted
+
+
+@pytest.mark.parametrize("field, value", [("max_pieces", -1), ("max_pieces", 33), ("piece_gain", 0), ("piece_gain", 33)])
+def test_sizes_that_would_overflow_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; allowed: "):
+        ScheduleConfig(**{field: value})
