@@ -6,8 +6,9 @@ out, lse = mla_decode(q, cache, plan)
 """
 
 from .decode import mla_decode
+from .kernels.config import DecodeOptions
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
 
-__all__ = ["DecodePlan", "PagedKVCache", "mla_decode"]
+__all__ = ["DecodeOptions", "DecodePlan", "PagedKVCache", "mla_decode"]
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .kernels.config import FORMATS
+from .kernels.config import DIMS, FORMATS, KVFormat
 
 DTYPES = {getattr(torch, name): fmt for name, fmt in FORMATS.items()}
 ALIGNMENT = 16  # bytes: what TMA and 16-byte loads need of bases and strides
@@ -85,6 +85,19 @@ def has_vector_strides(name: str, tensor: torch.Tensor):
             )
     if not tracing() and tensor.data_ptr() % ALIGNMENT != 0:
         raise ValueError(f"{name}.data_ptr() is {tensor.data_ptr():#x}; allowed: a multiple of {ALIGNMENT} bytes")
+
+
+def format_of(name: str, pool: torch.Tensor, latent: int | None = None) -> KVFormat:
+    """how a token lies in `pool`; latent: None finds it by the width of a token, unique among the pairs of the table"""
+    has_dtype(name, pool, *DTYPES)
+    width = pool.shape[-1] if pool.dim() else 0
+    pairs = [pair for pair in DIMS if sum(pair) == width and latent in (None, pair[0])]
+    allowed = ", ".join(f"{a} + {b}" for a, b in DIMS)
+    if latent is not None:
+        need(latent in {a for a, _ in DIMS}, "latent", latent, f"the first of latent + rope = {allowed}")
+    if not pairs:
+        raise ValueError(f"{name}.shape is {tuple(pool.shape)}; allowed: a last axis of latent + rope = {allowed}")
+    return KVFormat(DTYPES[pool.dtype].dtype, *pairs[0])
 
 
 def has_no_overlap(name: str, tensor: torch.Tensor):

@@ -15,61 +15,60 @@ MAX_REMEMBERED = 1024  # launches of a plan; an engine may make new caches at ev
 
 
 def mla_decode(
-    q: torch.Tensor,
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     cache: PagedKVCache,
     plan: DecodePlan,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
+    sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the last `num_queries` tokens of every request over its cached tokens, in the latent space (absorbed MLA).
 
     q              [batch, num_queries, num_heads, latent + rope], the pool's dtype; last axis contiguous, the other strides
-                   multiples of 16 bytes
+                   multiples of 16 bytes; or its two parts, ([.., latent], [.., rope]), which need not be concatenated
     cache          the layer's PagedKVCache
     plan           a DecodePlan made for this batch and up to date with its lengths
     softmax_scale  scores are (q . k) * softmax_scale, positive; None: (latent + rope) ** -0.5
     causal         bottom-right: query token i of num_queries sees the tokens < length - num_queries + 1 + i
+    sink           [num_heads] float32 or None: a logit, to base e, that takes its share of each row's softmax without a value
     out, lse       where to write, as returned; None: new tensors
 
-    Returns out [batch, num_queries, num_heads, latent] of q's dtype, softmax(scores) @ latent, and
-    lse [batch, num_heads, num_queries] float32, the natural log of the sum of exp(scores).
-    A row that sees no token gives out = 0, lse = -inf.
+    Returns out [batch, num_queries, num_heads, latent] of q's dtype (or float32: plan.options), softmax(scores) @ latent, and
+    lse [batch, num_heads, num_queries] float32, the natural log of the sum of exp(scores), without the sink (plan.options has
+    another layout and base).  A row that sees no token gives out = 0, lse = -inf.
 
     Runs on torch's current stream, can be captured in a CUDA graph and traced by torch.compile, reads nothing on the host.
     Raises TypeError, ValueError (both name the argument) or RuntimeError (not a Hopper GPU) before any launch.
     """
+    q_rope = None
+    if type(q) is tuple:
+        q, q_rope = _pair(q)
     if is_dynamo_compiling():
-        return _traced(q, cache, plan, softmax_scale, causal, out, lse)
+        return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
     # A call like an earlier one costs a look-up instead of 30 checks.  The key holds what chooses the configuration, and of
     # what is checked whatever the compiled function does not check by itself (tests/runtime/test_launch_checks.py).
+    key = None
     try:
         q_strides = q.is_contiguous() or q.stride()
         out_strides = out is None or out.is_contiguous() or out.stride()
         lse_strides = lse is None or lse.is_contiguous() or lse.stride()
-        key = cache.identity, bool(causal), type(q), q_strides, type(out), out_strides, type(lse), lse_strides
+        others = None if q_rope is None and sink is None else (_kind(q_rope), _kind(sink))
+        key = cache.identity, causal, type(q), q_strides, type(out), out_strides, type(lse), lse_strides, others
         launch = plan.launches[key]
         scale = plan.softmax_scale if softmax_scale is None else float(softmax_scale)
-        known = 0.0 < scale < inf and not (
-            is_grad_enabled()  # (0.3 us where it is)
-            and (
-                q.requires_grad
-                or cache.pool.requires_grad
-                or (out is not None and out.requires_grad)
-                or (lse is not None and lse.requires_grad)
-            )
-        )
+        known = 0.0 < scale < inf and not (is_grad_enabled() and _requires_grad(q, q_rope, cache.pool, sink, out, lse))
     except (AttributeError, KeyError, TypeError, ValueError):
         known = False
     if not known:
         if checks.tracing():
-            return _traced(q, cache, plan, softmax_scale, causal, out, lse)
-        scale = _check(q, cache, plan, softmax_scale, out, lse)
-        launch = _remember(plan, key, q, cache.pool)
+            return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
+        scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
+        launch = _remember(plan, key, q, q_rope, cache.pool, sink)
     if out is None:
-        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(plan.out_shape, dtype=plan.out_dtype, device=q.device)
     if lse is None:
         lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
     try:
@@ -86,18 +85,35 @@ def mla_decode(
             plan.lse_split,
             scale,
             plan.num_sms,
+            q_rope,
+            sink,
         )
     except Exception:
-        _check(q, cache, plan, softmax_scale, out, lse)  # if an argument is to blame, this names it
+        _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)  # if an argument is to blame, this names it
         raise
     return out, lse
 
 
-def _remember(plan, key, q, pool):
+def _pair(q: tuple) -> tuple:
+    if len(q) != 2:
+        raise TypeError(f"q is a tuple of {len(q)}; allowed: a torch.Tensor, or two: the latent and the rope columns")
+    checks.is_tensor("q[1]", q[1])
+    return q
+
+
+def _kind(tensor: torch.Tensor | None):
+    return None if tensor is None else (type(tensor), tensor.stride())
+
+
+def _requires_grad(*tensors) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _remember(plan, key, q, q_rope, pool, sink):
     """the launch of arguments that were checked, for `key` from now on"""
     if plan.batch == 0:
         return _nothing
-    launch = torch_ops.decode_function(q, pool, plan.o_split, causal=key[1])
+    launch = torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.options)
     if len(plan.launches) >= MAX_REMEMBERED:
         plan.launches.clear()
     plan.launches[key] = launch
@@ -108,14 +124,15 @@ def _nothing(*_):
     """the launch of an empty batch"""
 
 
-def _traced(q, cache, plan, softmax_scale, causal, out, lse):
+def _traced(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse):
     """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator.  (Its last lines are
     spelled out twice: a helper shared with the eager path costs each call 0.25 us of 0.85.)"""
-    scale = _check(q, cache, plan, softmax_scale, out, lse)
+    scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
     if out is None:
-        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(plan.out_shape, dtype=plan.out_dtype, device=q.device)
     if lse is None:
         lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+    options = plan.options
     torch.ops.flashmla_cute.decode(
         q,
         cache.pool,
@@ -129,37 +146,50 @@ def _traced(q, cache, plan, softmax_scale, causal, out, lse):
         plan.lse_split,
         scale,
         plan.num_sms,
-        bool(causal),
+        q_rope,
+        sink,
+        causal,
+        options.window,
+        options.softcap,
+        options.out,
+        options.lse_by_token,
+        options.lse_log2,
     )
     return out, lse
 
 
-def _check(q, cache, plan, softmax_scale, out, lse) -> float:
+def _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse) -> float:
     """all of mla_decode's arguments; returns the scale"""
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache is a {type(cache).__name__}; allowed: a PagedKVCache")
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan is a {type(plan).__name__}; allowed: a DecodePlan")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is a {type(causal).__name__}; allowed: a bool")
     checks.is_tensor("q", q)
     checks.is_tensor("cache.pool", cache.pool)
     checks.is_hopper("q", q)
     checks.on_device("cache.pool", cache.pool, q.device, "q")
-    checks.has_dtype("q", q, cache.pool.dtype)
-    shape = (plan.batch, plan.num_queries, plan.num_heads, plan.format.head_dim)
-    checks.has_shape("q", q, shape, "(batch, num_queries, num_heads) of the plan, latent + rope")
-    checks.has_vector_strides("q", q)
     _check_plan(cache, plan)
+    _check_queries(q, q_rope, cache, plan)
+    if sink is not None:
+        checks.is_tensor("sink", sink)
+        checks.on_device("sink", sink, q.device, "q")
+        checks.has_dtype("sink", sink, torch.float32)
+        checks.has_shape("sink", sink, (plan.num_heads,), "(num_heads,)")
+        need(sink.is_contiguous(), "sink.stride()", sink.stride(), "contiguous")
     if out is not None:
         checks.is_tensor("out", out)
         checks.on_device("out", out, q.device, "q")
-        checks.has_dtype("out", out, q.dtype)
+        checks.has_dtype("out", out, plan.out_dtype)
         checks.has_shape("out", out, plan.out_shape, "(batch, num_queries, num_heads, latent)")
         checks.has_vector_strides("out", out)
     if lse is not None:
         checks.is_tensor("lse", lse)
         checks.on_device("lse", lse, q.device, "q")
         checks.has_dtype("lse", lse, torch.float32)
-        checks.has_shape("lse", lse, plan.lse_shape, "(batch, num_heads, num_queries)")
+        axes = "(batch * num_queries, num_heads)" if plan.options.lse_by_token else "(batch, num_heads, num_queries)"
+        checks.has_shape("lse", lse, plan.lse_shape, axes)
         checks.has_no_overlap("lse", lse)
     if softmax_scale is None:
         return plan.softmax_scale
@@ -171,6 +201,20 @@ def _check(q, cache, plan, softmax_scale, out, lse) -> float:
     return scale
 
 
+def _check_queries(q, q_rope, cache, plan):
+    rows, kv = (plan.batch, plan.num_queries, plan.num_heads), plan.format
+    if q_rope is None:
+        columns = [("q", q, kv.head_dim, "latent + rope")]
+    else:
+        need(kv.rope > 0, "q", "a pair", "one tensor: the cache has no rope columns")
+        columns = [("q[0]", q, kv.latent, "latent"), ("q[1]", q_rope, kv.rope, "rope")]
+    for name, tensor, width, meaning in columns:
+        checks.on_device(name, tensor, cache.device, "the cache")
+        checks.has_dtype(name, tensor, cache.pool.dtype)
+        checks.has_shape(name, tensor, (*rows, width), f"(batch, num_queries, num_heads) of the plan, {meaning}")
+        checks.has_vector_strides(name, tensor)
+
+
 def _check_plan(cache: PagedKVCache, plan: DecodePlan):
     """that the plan is for this cache"""
     if checks.tracing():  # (no addresses)
@@ -178,6 +222,8 @@ def _check_plan(cache: PagedKVCache, plan: DecodePlan):
     else:
         same = plan.cache_seqlens.data_ptr() == cache.cache_seqlens.data_ptr()
     need(same, "plan", "made for another cache_seqlens tensor", "a plan whose cache shares this cache's cache_seqlens")
+    if plan.format != cache.format:
+        raise ValueError(f"plan.format is {plan.format}; allowed: {cache.format}, the cache's")
     if plan.num_kv_heads != cache.num_kv_heads:
         raise ValueError(f"plan.num_kv_heads is {plan.num_kv_heads}; allowed: {cache.num_kv_heads}, the cache's")
     if plan.capacity > cache.capacity:

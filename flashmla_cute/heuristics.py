@@ -1,15 +1,33 @@
 """Shapes and card -> how the kernel is specialised and how many CTAs it gets.  Pure integers: no torch, no GPU."""
 
-from .kernels.config import KVFormat, MLAConfig
+from .kernels.config import PLAIN, DecodeOptions, KVFormat, MLAConfig
 from .kernels.parts.rows import num_row_tiles
 
 
 def decode_config(
-    kv: KVFormat, num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool, causal: bool, split: str
+    kv: KVFormat,
+    num_queries: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mergeable: bool,
+    causal: bool,
+    split: str,
+    page: int = 64,
+    options: DecodeOptions = PLAIN,
+    q_pair: bool = False,
+    sink: bool = False,
 ) -> MLAConfig:
     """How the decode kernel is specialised.  split: element type of partial results; mergeable: see choose_head_tile."""
-    head_tile = choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable)
-    return MLAConfig(kv=kv, causal=causal and num_queries > 1, head_tile=head_tile, split=split)
+    return MLAConfig(
+        kv=kv,
+        page=page,
+        causal=causal and num_queries > 1,
+        options=options,
+        q_pair=q_pair,
+        sink=sink,
+        head_tile=choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable),
+        split=split,
+    )
 
 
 def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool) -> int:

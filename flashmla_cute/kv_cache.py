@@ -6,26 +6,36 @@ import torch
 
 from . import checks, compile, ops
 from .checks import need
-from .kernels.config import TILE, MLAConfig
+from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP, MLAConfig
 
 
 class PagedKVCache:
     """A pool of latent pages and the block table and lengths that say whose they are.  Holds references, never copies.
 
-    pool           [num_pages, page, num_kv_heads, latent + rope] bf16 or fp16; last axis contiguous, other strides multiples
-                   of 16 bytes (blocks may be padded, the pool may be a view into a larger one, beyond 2^31 elements)
-    block_table    [batch, max_pages] int32: page of the request's tokens 64 i .. 64 i + 63; entries past its end are never read
+    pool           [num_pages, page, num_kv_heads, latent + rope] bf16 or fp16; page a multiple of 8 up to 1024, latent + rope
+                   as in kernels/config.py; last axis contiguous, other strides multiples of 16 bytes (blocks may be padded,
+                   the pool may be a view into a larger one, beyond 2^31 elements)
+    block_table    [batch, max_pages] int32: entry i is the page of the request's tokens page * i .. page * (i + 1) - 1; entries
+                   past its end are never read
     cache_seqlens  [batch] int32: tokens of each request, 0 allowed; may change between steps, on the device
     """
 
-    def __init__(self, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor):
+    def __init__(
+        self, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, *, latent: int | None = None
+    ):
         for name, tensor in (("pool", pool), ("block_table", block_table), ("cache_seqlens", cache_seqlens)):
             checks.is_tensor(name, tensor)
         checks.has_dtype("pool", pool, *checks.DTYPES)
         if pool.dim() == 3:  # engines keep one kv head without its axis
             pool = pool.unsqueeze(2)
-        kv = checks.DTYPES[pool.dtype]
-        checks.has_shape("pool", pool, (None, TILE, None, kv.head_dim), "(pages, page, kv heads, latent + rope)")
+        checks.has_shape("pool", pool, (None, None, None, None), "(pages, page, kv heads, latent + rope)")
+        kv = checks.format_of("pool", pool, latent)
+        need(
+            pool.shape[1] % PAGE_STEP == 0 and PAGE_STEP <= pool.shape[1] <= MAX_PAGE,
+            "pool.shape[1]",
+            pool.shape[1],
+            f"pages of a multiple of {PAGE_STEP} tokens up to {MAX_PAGE}",
+        )
         need(pool.shape[0] > 0 and pool.shape[2] > 0, "pool.shape", tuple(pool.shape), "at least one page and one kv head")
         checks.has_vector_strides("pool", pool)
         checks.has_dtype("block_table", block_table, torch.int32)
@@ -45,11 +55,14 @@ class PagedKVCache:
 
     # ------------------------------------------------------------------ making one
     @classmethod
-    def from_tensors(cls, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor) -> "PagedKVCache":
+    def from_tensors(
+        cls, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, *, latent: int | None = None
+    ) -> "PagedKVCache":
         """A cache over the caller's tensors, without a copy; pool may also be [num_pages, page, latent + rope].
 
+        latent: how many of a token's columns are latent; None: known by their number.
         Raises TypeError or ValueError that names the tensor, what was given and what is allowed."""
-        return cls(pool, block_table, cache_seqlens)
+        return cls(pool, block_table, cache_seqlens, latent=latent)
 
     @classmethod
     def allocate(
@@ -59,20 +72,25 @@ class PagedKVCache:
         max_seqlen: int,
         *,
         num_kv_heads: int = 1,
+        page: int = 64,
+        latent: int = 512,
+        rope: int = 64,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
     ) -> "PagedKVCache":
-        """An empty cache of `num_pages` pages of 64 tokens for up to `batch` requests of up to `max_seqlen` tokens each.
+        """An empty cache of `num_pages` pages of `page` tokens for up to `batch` requests of up to `max_seqlen` tokens each.
 
         The pool is not cleared: slots past a request's length may hold anything, also NaN."""
         need(dtype in checks.DTYPES, "dtype", dtype, " or ".join(map(str, checks.DTYPES)))
-        for name, value in dict(num_pages=num_pages, batch=batch, max_seqlen=max_seqlen, num_kv_heads=num_kv_heads).items():
+        sizes = dict(num_pages=num_pages, batch=batch, max_seqlen=max_seqlen, num_kv_heads=num_kv_heads, page=page)
+        for name, value in sizes.items():
             need(isinstance(value, int) and value > 0, name, value, "a positive integer")
-        head_dim, max_pages = checks.DTYPES[dtype].head_dim, -(-max_seqlen // TILE)
+        need((latent, rope) in DIMS, "(latent, rope)", (latent, rope), f"one of {', '.join(map(str, DIMS))}")
         cache = cls(
-            torch.empty(num_pages, TILE, num_kv_heads, head_dim, dtype=dtype, device=device),
-            torch.full((batch, max_pages), -1, dtype=torch.int32, device=device),
+            torch.empty(num_pages, page, num_kv_heads, latent + rope, dtype=dtype, device=device),
+            torch.full((batch, -(-max_seqlen // page)), -1, dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
+            latent=latent,
         )
         cache._free = list(range(num_pages))[::-1]
         cache._lengths, cache._pages = [0] * batch, [[] for _ in range(batch)]
@@ -101,30 +119,38 @@ class PagedKVCache:
         return self.block_table.shape[1] * self.page
 
     # ------------------------------------------------------------------ writing
-    def append(self, latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor) -> None:
+    def append(self, latent: torch.Tensor, rope: torch.Tensor | None, slots: torch.Tensor) -> None:
         """Writes tokens into the pool, on the GPU, on torch's current stream.
 
-        latent  [n, latent] or [n, num_kv_heads, latent], rope [n, rope] or [n, num_kv_heads, rope], of the pool's dtype;
-        slots   [n] int64: page * 64 + row of each token; a negative or too large slot writes nothing.
+        latent  [n, latent] or [n, num_kv_heads, latent], rope [n, rope] or [n, num_kv_heads, rope], of the pool's dtype; None
+                for rope where the cache has no such columns
+        slots   [n] int64: page id * page + row of each token; a negative or too large slot writes nothing.
         Lengths and block table stay as they are: `extend` moves those of an allocated cache and returns the slots."""
         checks.is_hopper("cache.pool", self.pool)
-        for name, tensor in (("latent", latent), ("rope", rope), ("slots", slots)):
-            checks.is_tensor(name, tensor)
-            checks.on_device(name, tensor, self.device, "the cache")
+        need(self.format.rope > 0 or rope is None, "rope", "a tensor", "None: the cache has no rope columns")
+        given = {"latent": latent, "rope": rope, "slots": slots}
+        for name, tensor in given.items():
+            if name != "rope" or self.format.rope > 0:
+                checks.is_tensor(name, tensor)
+                checks.on_device(name, tensor, self.device, "the cache")
         checks.has_dtype("slots", slots, torch.int64)
         checks.has_shape("slots", slots, (None,), "(tokens,)")
         need(slots.is_contiguous(), "slots.stride()", slots.stride(), "contiguous")
         rows = []
-        for name, tensor, width in (("latent", latent, self.format.latent), ("rope", rope, self.format.rope)):
+        for name, width in (("latent", self.format.latent), ("rope", self.format.rope)):
+            tensor = given[name]
+            if width == 0:
+                rows.append(rows[0])  # (the kernel copies no columns of it)
+                continue
             checks.has_dtype(name, tensor, self.pool.dtype)
             tensor = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor
             checks.has_shape(name, tensor, (slots.shape[0], self.num_kv_heads, width), f"(tokens, kv heads, {name} columns)")
             checks.has_vector_strides(name, tensor)
             rows.append(tensor)
         if checks.tracing():
-            torch.ops.flashmla_cute.append(*rows, slots, self.pool)
+            torch.ops.flashmla_cute.append(*rows, slots, self.pool, self.format.latent)
         elif slots.shape[0] > 0:
-            compile.get(ops.AppendOp, MLAConfig(kv=self.format, causal=False))(*rows, slots, self.pool)
+            compile.get(ops.AppendOp, MLAConfig(kv=self.format, page=self.page, causal=False))(*rows, slots, self.pool)
 
     def extend(self, counts: Sequence[int]) -> torch.Tensor:
         """Room for counts[i] more tokens of request i: takes pages from the pool, sets block table and lengths on the device,

@@ -8,7 +8,7 @@ import torch
 
 from . import checks, compile, heuristics, ops
 from .checks import need
-from .kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
+from .kernels.config import BATCH_INVARIANT, PLAIN, TILE, DecodeOptions, ScheduleConfig
 from .kernels.parts.work import MERGE, RECORD
 from .kv_cache import PagedKVCache
 from .schedule import num_items, num_slots
@@ -41,6 +41,8 @@ class DecodePlan:
     have the same bits whatever else is in the batch, and wherever in it.  A request of n tokens is cut into at most
     min(32, sqrt(n / 64) / row tiles) pieces, each of which needs a partial result: the workspace grows with batch and capacity.
 
+    options: sliding window, softcap, float32 out, and how lse is written (kernels/config.py); each combination compiles once.
+
     config: another cost model of the schedule.
     """
 
@@ -52,6 +54,7 @@ class DecodePlan:
         *,
         partials: torch.dtype = torch.float16,
         batch_invariant: bool = False,
+        options: DecodeOptions = PLAIN,
         config: ScheduleConfig | None = None,
     ):
         if not isinstance(cache, PagedKVCache):
@@ -68,13 +71,19 @@ class DecodePlan:
         fixed = config.max_pieces > 0
         need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
+        if not isinstance(options, DecodeOptions):
+            raise TypeError(f"options is a {type(options).__name__}; allowed: DecodeOptions")
         need(partials in (torch.float16, torch.float32), "partials", partials, "torch.float16 or torch.float32")
         checks.is_hopper("cache.pool", cache.pool)
         self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
         self.batch, self.num_heads, self.num_queries = cache.batch, num_heads, num_queries
         self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
+        self.options = options
         self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)
+        self.out_dtype = torch.float32 if options.out == "float32" else cache.pool.dtype
         self.lse_shape = (self.batch, num_heads, num_queries)
+        if options.lse_by_token:
+            self.lse_shape = (self.batch * num_queries, num_heads)
         self.softmax_scale = cache.format.head_dim**-0.5  # unless the caller of mla_decode has another
         self.launches: dict[tuple, Callable] = {}  # by what mla_decode was called with: checked once, then remembered
         self.num_sms = num_sms(self.device.index)
@@ -82,7 +91,7 @@ class DecodePlan:
         self.row_tiles = heuristics.row_tiles(head_tile, num_queries, num_heads, cache.num_kv_heads)
         self.max_parts = heuristics.max_parts(self.row_tiles, self.num_sms)
         int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
-        sizes = (self.batch, self.row_tiles, self.max_parts, self.capacity // TILE, config)
+        sizes = (self.batch, self.row_tiles, self.max_parts, -(-self.capacity // TILE), config)
         self.items = int32(max(1, num_items(*sizes)), RECORD)
         self.parts = int32(self.max_parts, RECORD)
         self.merges = int32(1 + self.batch, MERGE)
@@ -95,7 +104,7 @@ class DecodePlan:
 
     def update(self) -> None:
         """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
-        arguments = (self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, self.capacity // TILE)
+        arguments = (self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, -(-self.capacity // TILE))
         if checks.tracing():
             torch.ops.flashmla_cute.schedule(*arguments, self.constants)
         elif self.batch > 0:

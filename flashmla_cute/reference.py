@@ -2,25 +2,32 @@
 
 import torch
 
-from .kernels.config import TILE
+from .kernels.config import PLAIN, TILE, DecodeOptions
 from .schedule import Schedule
 
 
 def gather(pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
     """the first `length` tokens of a request, [length, kv heads, head dim] float64"""
-    return pool[pages[: -(-length // TILE)].long()].flatten(0, 1)[:length].double()
+    return pool[pages[: -(-length // pool.shape[1])].long()].flatten(0, 1)[:length].double()
 
 
-def scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool) -> torch.Tensor:
+def scores(
+    q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool, options: DecodeOptions = PLAIN
+) -> torch.Tensor:
     """q [s_q, h_q, d], k [tokens, h_kv, d] -> [h_kv, s_q, h_q / h_kv, tokens]; -inf where the query must not look"""
     s_q, h_q, d = q.shape
     tokens, h_kv, _ = k.shape
     rows = q.double().reshape(s_q, h_kv, h_q // h_kv, d)
     s = torch.einsum("sgnd,tgd->gsnt", rows, k) * softmax_scale
+    if options.softcap:
+        s = options.softcap * torch.tanh(s / options.softcap)
+    token, limit = torch.arange(tokens, device=q.device), torch.full((s_q,), tokens, device=q.device)
     if causal:
         limit = tokens - s_q + 1 + torch.arange(s_q, device=q.device)
-        s = s.masked_fill(torch.arange(tokens, device=q.device) >= limit[:, None, None], float("-inf"))
-    return s
+    unseen = token >= limit[:, None, None]
+    if options.window:
+        unseen = unseen | (token < limit[:, None, None] - options.window)
+    return s.masked_fill(unseen, float("-inf"))
 
 
 def softmax_times(s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,12 +46,17 @@ def reference_decode(
     softmax_scale: float,
     causal: bool,
     latent: int,
+    options: DecodeOptions = PLAIN,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 attention.  q [b, s_q, h_q, d], pool [pages, 64, h_kv, d] -> out [b, s_q, h_q, latent], lse [b, h_q, s_q]."""
+    """float64 attention.  q [b, s_q, h_q, d], pool [pages, page, h_kv, d] -> out [b, s_q, h_q, latent], lse [b, h_q, s_q],
+    natural and without the sink [h_q] whatever the options say."""
     outs, lses = [], []
     for i, length in enumerate(lengths):
         k = gather(pool, block_table[i], length)
-        o, lse = softmax_times(scores(q[i], k, softmax_scale, causal), k[..., :latent])
+        o, lse = softmax_times(scores(q[i], k, softmax_scale, causal, options), k[..., :latent])
+        if sink is not None:
+            o = o * torch.sigmoid(lse - sink.double()[:, None]).nan_to_num(0.0).T[..., None]
         outs.append(o)
         lses.append(lse)
     return torch.stack(outs), torch.stack(lses)

@@ -1,11 +1,12 @@
 """Cases with everything poisoned that must not be read, and one table of tolerances; for tests, demo and perf alike."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 
 from .decode import mla_decode
-from .kernels.config import TILE
+from .kernels.config import PLAIN, TILE, DecodeOptions
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
 from .reference import reference_decode
@@ -27,10 +28,20 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     gain: float = 1.0  # scales q: large scores
     seed: int = 0
+    page: int = TILE
+    latent: int = 512
+    rope: int = 64
+    pair: bool = False  # q as two tensors
+    sink: bool = False
+    options: DecodeOptions = PLAIN
+
+    @property
+    def head_dim(self) -> int:
+        return self.latent + self.rope
 
     @property
     def softmax_scale(self) -> float:
-        return 576**-0.5
+        return self.head_dim**-0.5
 
 
 @dataclass
@@ -40,6 +51,7 @@ class Problem:
     cache: PagedKVCache
     out: torch.Tensor  # poisoned
     lse: torch.Tensor  # poisoned
+    sink: torch.Tensor | None = None
 
     @classmethod
     def make(cls, case: Case, device: str = "cuda") -> "Problem":
@@ -48,9 +60,9 @@ class Problem:
         generator = torch.Generator(device=device).manual_seed(case.seed)
         shuffle = torch.Generator().manual_seed(case.seed)
         randn = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-        counts = [-(-length // TILE) for length in case.lengths]
+        counts = [-(-length // case.page) for length in case.lengths]
         b, num_pages = len(counts), sum(counts) + 3
-        pool = torch.empty(num_pages, TILE, case.h_kv, 576, dtype=case.dtype, device=device)
+        pool = torch.empty(num_pages, case.page, case.h_kv, case.head_dim, dtype=case.dtype, device=device)
         for first in range(0, num_pages, 1024):  # (in parts: float32 randoms of a large pool would not fit)
             pool[first : first + 1024] = randn(*pool[first : first + 1024].shape)
         order = torch.randperm(num_pages, generator=shuffle).int()
@@ -59,20 +71,23 @@ class Problem:
         for i, (count, length) in enumerate(zip(counts, case.lengths)):
             table[i, :count] = order[at : at + count]
             used[order[at : at + count].long()] = True
-            if length % TILE:
-                pool[order[at + count - 1], length % TILE :] = float("nan")
+            if length % case.page:
+                pool[order[at + count - 1], length % case.page :] = float("nan")
             at += count
         pool[(~used).to(device)] = float("nan")
         lengths = torch.tensor(case.lengths, dtype=torch.int32)
-        cache = PagedKVCache.from_tensors(pool, table.to(device), lengths.to(device))
-        q = (randn(b, case.s_q, case.h_q, 576) * case.gain).to(case.dtype)
-        out = torch.full((b, case.s_q, case.h_q, 512), float("nan"), dtype=case.dtype, device=device)
-        lse = torch.full((b, case.h_q, case.s_q), float("nan"), device=device)
-        return cls(case, q, cache, out, lse)
+        cache = PagedKVCache.from_tensors(pool, table.to(device), lengths.to(device), latent=case.latent)
+        q = (randn(b, case.s_q, case.h_q, case.head_dim) * case.gain).to(case.dtype)
+        out_dtype = torch.float32 if case.options.out else case.dtype
+        out = torch.full((b, case.s_q, case.h_q, case.latent), float("nan"), dtype=out_dtype, device=device)
+        shape = (b * case.s_q, case.h_q) if case.options.lse_by_token else (b, case.h_q, case.s_q)
+        lse = torch.full(shape, float("nan"), device=device)
+        sink = 3 * randn(case.h_q) if case.sink else None
+        return cls(case, q, cache, out, lse, sink)
 
-    def plan(self) -> DecodePlan:
+    def plan(self, **arguments) -> DecodePlan:
         """a plan with poisoned workspace"""
-        plan = DecodePlan(self.cache, self.case.h_q, self.case.s_q)
+        plan = DecodePlan(self.cache, self.case.h_q, self.case.s_q, options=self.case.options, **arguments)
         plan.o_split.fill_(float("nan"))
         plan.lse_split.fill_(float("nan"))
         return plan
@@ -80,22 +95,30 @@ class Problem:
     def run(self, plan: DecodePlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """our kernel, into the poisoned out and lse"""
         plan = plan or self.plan()
-        scale, causal = self.case.softmax_scale, self.case.causal
-        return mla_decode(self.q, self.cache, plan, softmax_scale=scale, causal=causal, out=self.out, lse=self.lse)
+        case, q = self.case, self.q
+        if case.pair:  # (each with memory of its own)
+            q = q[..., : case.latent].contiguous(), q[..., case.latent :].contiguous()
+        outputs = dict(out=self.out, lse=self.lse)
+        return mla_decode(q, self.cache, plan, softmax_scale=case.softmax_scale, causal=case.causal, sink=self.sink, **outputs)
 
     def errors(self, out: torch.Tensor, lse: torch.Tensor, requests: list[int] | None = None) -> "Errors":
         """`out` and `lse` against float64, over `requests` (default: all)"""
-        worst = Errors(0.0, 0.0, "")
+        worst, case = Errors(0.0, 0.0, ""), self.case
+        if case.options.lse_by_token:
+            lse = lse.view(len(case.lengths), case.s_q, case.h_q).transpose(1, 2)
+        if case.options.lse_log2:
+            lse = lse * math.log(2.0)
         for i in requests if requests is not None else range(len(self.case.lengths)):
-            one = replace(self.case, lengths=(self.case.lengths[i],))
             ref_out, ref_lse = reference_decode(
                 self.q[i : i + 1],
                 self.cache.pool,
                 self.cache.block_table[i : i + 1],
-                list(one.lengths),
-                one.softmax_scale,
-                one.causal,
-                512,
+                [case.lengths[i]],
+                case.softmax_scale,
+                case.causal,
+                case.latent,
+                case.options,
+                self.sink,
             )
             worst = worst.worse_of(_compare(out[i], lse[i], ref_out[0], ref_lse[0], f"request {i}"))
         return worst

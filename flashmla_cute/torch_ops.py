@@ -10,38 +10,52 @@ from collections.abc import Callable
 import torch
 
 from . import checks, compile, heuristics, ops
-from .kernels.config import MLAConfig, ScheduleConfig
+from .kernels.config import DecodeOptions, MLAConfig, ScheduleConfig
 
 SCHEMAS = {
     "decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
-    "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, bool causal) -> ()",
+    "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
+    "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
     "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tiles, "
     "int[] config) -> ()",
-    "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool) -> ()",
+    "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, int num_latent) -> ()",
 }
 
 
-def decode_function(q: torch.Tensor, pool: torch.Tensor, o_split: torch.Tensor, causal: bool) -> Callable:
+def decode_function(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    o_split: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    causal: bool,
+    options: DecodeOptions,
+) -> Callable:
     """the compiled decode for these tensors; what it takes: ops.DecodeOp"""
     num_queries, num_heads = q.shape[1:3]
     config = heuristics.decode_config(
-        checks.DTYPES[pool.dtype],
+        checks.format_of("pool", pool, o_split.shape[-1]),
         num_queries,
         num_heads,
         num_kv_heads=pool.shape[2],
-        mergeable=q.stride(1) == num_heads * q.stride(2),
+        mergeable=all(t.stride(1) == num_heads * t.stride(2) for t in (q, q_rope) if t is not None),
         causal=causal,
         split=str(o_split.dtype).removeprefix("torch."),
+        page=pool.shape[1],
+        options=options,
+        q_pair=q_rope is not None,
+        sink=sink is not None,
     )
     return compile.get(ops.DecodeOp, config)
 
 
 def decode(q: torch.Tensor, pool: torch.Tensor, *others):
-    *tensors, softmax_scale, num_sms, causal = others
+    arguments, (q_rope, sink, causal, *options) = others[:-8], others[-8:]
     checks.is_hopper("q", q)
-    checks.has_dtype("pool", pool, *checks.DTYPES)
     if q.shape[0] > 0:
-        decode_function(q, pool, tensors[-2], causal)(q, pool, *tensors, softmax_scale, num_sms)
+        o_split = arguments[6]
+        launch = decode_function(q, pool, o_split, q_rope, sink, causal, DecodeOptions(*options))
+        launch(q, pool, *arguments, q_rope, sink)
 
 
 def schedule(cache_seqlens: torch.Tensor, *others):
@@ -51,11 +65,10 @@ def schedule(cache_seqlens: torch.Tensor, *others):
         compile.get(ops.ScheduleOp, ScheduleConfig(*config))(cache_seqlens, *arguments)
 
 
-def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor):
+def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, num_latent: int):
     checks.is_hopper("pool", pool)
-    checks.has_dtype("pool", pool, *checks.DTYPES)
     if slots.shape[0] > 0:
-        config = MLAConfig(kv=checks.DTYPES[pool.dtype], causal=False)
+        config = MLAConfig(kv=checks.format_of("pool", pool, num_latent), page=pool.shape[1], causal=False)
         compile.get(ops.AppendOp, config)(latent, rope, slots, pool)
 
 

@@ -2,8 +2,8 @@
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
-A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in flight.
-A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
+A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in
+flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
 thousands of rows of two pieces (a large batch) both fill the card.  The order of the sum depends on that number, so a
 batch-invariant schedule names it.  A fixed grid walks the list that kernels/schedule.py wrote;
 a step without splits costs an empty launch, overlapped with the decode kernel's tail.

@@ -56,6 +56,9 @@ class DecodeOptions:
         return "".join(f"_{word}" for word, on in words.items() if on)
 
 
+PLAIN = DecodeOptions()
+
+
 @dataclass(frozen=True)
 class MLAConfig:
     """One configuration of the decode kernel.  First group: what is computed; second: how."""
@@ -63,7 +66,7 @@ class MLAConfig:
     kv: KVFormat = FORMATS["bfloat16"]
     page: int = 64  # tokens of a cache page
     causal: bool = True  # bottom-right aligned over the query tokens
-    options: DecodeOptions = DecodeOptions()
+    options: DecodeOptions = PLAIN
     q_pair: bool = False  # the rope columns of q are a tensor of their own
     sink: bool = False  # a logit per head joins the softmax's sum, without a value
 
@@ -105,7 +108,9 @@ class MLAConfig:
         rows = f"h{self.head_tile}" if self.head_tile else "flat"
         mask = "causal" if self.causal else "full"
         split = "" if self.split == "float16" else f"_{self.split}"
-        flags = "".join(f"_{word}" for word, on in (("pair", self.q_pair), ("sink", self.sink), ("lanes", self.lane_arrivals)) if on)
+        flags = "".join(
+            f"_{word}" for word, on in (("pair", self.q_pair), ("sink", self.sink), ("lanes", self.lane_arrivals)) if on
+        )
         dims = f"{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
         return f"dense_{dims}_{mask}_{rows}{split}{self.options.name}{flags}"
 
@@ -120,7 +125,9 @@ class MLAConfig:
         halves = 2 * BLOCK_BYTES // kv.itemsize
         need(kv.dtype in FORMATS, f"kv.dtype is {kv.dtype}; allowed: {', '.join(FORMATS)}")
         need((kv.latent, kv.rope) in DIMS, f"kv is {kv}; (latent, rope) of the table: {', '.join(map(str, DIMS))}")
-        need(kv.latent % halves == 0, f"kv.latent is {kv.latent}; allowed: multiples of {halves}, a swizzled block for each half")
+        need(
+            kv.latent % halves == 0, f"kv.latent is {kv.latent}; allowed: multiples of {halves}, a swizzled block for each half"
+        )
         need(kv.rope % 16 == 0 and kv.rope <= TILE, f"kv.rope is {kv.rope}; allowed: multiples of 16 up to {TILE}, one block")
         need(
             self.page % PAGE_STEP == 0 and PAGE_STEP <= self.page <= MAX_PAGE,
@@ -132,7 +139,10 @@ class MLAConfig:
         need(self.split in ("float32", "float16"), f"split is {self.split}; allowed: float32, float16")
         options = self.options
         need(options.window >= 0, f"options.window is {options.window}; allowed: 0 (all tokens) or a number of tokens")
-        need(0.0 <= options.softcap < float("inf"), f"options.softcap is {options.softcap}; allowed: 0 (none) or a positive number")
+        need(
+            0.0 <= options.softcap < float("inf"),
+            f"options.softcap is {options.softcap}; allowed: 0 (none) or a positive number",
+        )
         need(options.out in ("", "float32"), f'options.out is {options.out}; allowed: "" (q\'s) or "float32"')
         need(not self.q_pair or self.kv.rope > 0, f"q_pair is {self.q_pair}; allowed: False, there are no rope columns")
         registers = self.score_registers + 2 * self.value_registers
@@ -144,7 +154,7 @@ class MLAConfig:
         value = self.kv.latent // 2  # f32 accumulators of a VALUE thread: 64 rows x half the latent over 128 threads
         need(
             TILE * value // 128 + 24 <= self.value_registers,
-            f"kv.latent is {self.kv.latent}: 64 * {value} / 128 accumulators and 24 more exceed {self.value_registers} registers",
+            f"kv.latent is {kv.latent}: {TILE} * {value} / 128 accumulators + 24 exceed {self.value_registers} registers",
         )
 
 

@@ -1,7 +1,7 @@
 """Dense MLA decode for sm_90a: paged bf16 or fp16 latent cache, one CTA per 64 query rows and span of KV tiles.
 
-The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = latent ++ rope, v = latent; the numbers below are
-those of 512 ++ 64, DIMS in config.py has the others:
+The maths, for 64 query rows (query tokens x heads), KV tiles of 64 tokens; k = latent ++ rope, v = latent.  The numbers below
+are those of 512 ++ 64; DIMS in config.py has the others.
   s       = q k^T * scale_log2                         mask: token >= limit(row)  ->  -inf
   row_max = max(s), moved only when exceeded by more than `lazy_rescale`; numerator and row_sum share it, so o is exact
   p       = exp2(s - row_max);  rescale = exp2(old row_max - row_max);  row_sum = row_sum * rescale + sum(p)
@@ -261,7 +261,9 @@ class ScoreTiles:
 class DenseDecode:
     def __init__(self, config: MLAConfig):
         self.config = config
-        self.q_steps = (config.latent_blocks - 1) * STEPS  # k-steps with q in registers; its last latent block and rope stay in smem
+        self.q_steps = (
+            config.latent_blocks - 1
+        ) * STEPS  # k-steps with q in registers; its last latent block and rope stay in smem
         self.open_steps = min(OPEN_STEPS, self.q_steps - STEPS)  # of them, issued in S2
         self.group_a = self.q_steps - 1  # of them, in S2's first commit group; pv_go is sent when it is done
         self.rope_steps = config.kv.rope // 16
@@ -663,7 +665,9 @@ class FakeArgs:
 
         dtype, kv = element_type(config), config.kv
         b, s_q, h_q, slots, tokens = (cute.sym_int() for _ in range(5))
-        wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: 16 bytes, what TMA and stores need
+        wide = lambda divisibility=8: cute.sym_int64(
+            divisibility=divisibility
+        )  # 8 elements: 16 bytes, what TMA and stores need
         tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
         vectors = lambda dt, *shape: tensor(dt, shape, (wide(), wide(), wide(), 1), 16)
         by_token = config.options.lse_by_token

@@ -12,13 +12,13 @@ eager_us         one call of mla_decode with out and lse given, until it returns
 fresh_us         the same with q, out and lse that are new tensor objects, as where each step makes its own
 launch_us        the compiled function alone, called with the arguments that mla_decode passes
 overhead_us      eager_us - launch_us
-python_us        one call of mla_decode whose compiled function does nothing (it lacks what the caches of a CPU forget while
-                 the driver runs, so it can be less than overhead_us)
+python_us        the same difference where the compiled function is a Python function that does nothing (it lacks what the
+                 caches of a CPU forget while the driver runs, so it is less than overhead_us)
 
 The calls go through the layers of a small model, which share a plan: each has its own q, pool, out and lse.  They run under
 torch.inference_mode, as in an engine (with gradients enabled a call also asks four tensors whether they require one: 0.2 to
-0.3 us), and are queued on an idle GPU, fewer than the launch queue holds, so that no call waits for the GPU.  Exit code 2: no Hopper GPU, nothing was
-measured.  1: the kernel's result was wrong, or a compile failed.
+0.3 us), and are queued on an idle GPU, fewer than the launch queue holds, so that no call waits for the GPU.  Exit code 2: no
+Hopper GPU, nothing was measured.  1: the kernel's result was wrong, or a compile failed.
 """
 
 import argparse
@@ -249,11 +249,13 @@ def measure_calls(repetitions: int) -> dict:
     with _instead(_nothing):
         stub.run()
     launches = _bare_launches(problem)
+    nothing = [partial(_nothing, *launch.args) for launch in launches]
     real = contextlib.nullcontext
     variants = {
         "eager": Variant(eager.repeated, real),
         "launch": Variant(lambda: launches * (CALLS // LAYERS), real),
         "python": Variant(stub.repeated, lambda: _instead(_nothing)),
+        "nothing": Variant(lambda: nothing * (CALLS // LAYERS), real),
         "fresh": Variant(fresh.fresh, real),
     }
     timed = _interleave(variants, repetitions)
@@ -263,7 +265,7 @@ def measure_calls(repetitions: int) -> dict:
         "eager_us": us["eager"],
         "launch_us": us["launch"],
         "overhead_us": us["eager"] - us["launch"],
-        "python_us": us["python"] if stubbed else None,
+        "python_us": us["python"] - us["nothing"] if stubbed else None,
         "fresh_us": us["fresh"],
         "spread_us": {name: [timing.low, timing.high] for name, timing in timed.items() if stubbed or name != "python"},
         "calls": CALLS,

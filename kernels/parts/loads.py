@@ -1,7 +1,6 @@
 """TMA operands, whole-warp requests of tiles, and the way from tiles to cache pages."""
 
 import math
-
 from dataclasses import dataclass
 
 import cutlass
@@ -18,8 +17,8 @@ EVICT_FIRST = 0x12F0000000000000  # an L2 cache policy
 
 @dataclass(frozen=True)
 class TmaOperand:
-    """A gmem tensor (rows .., 64, block, index ..) that is moved box by box, one instruction each.  A box is a tile, or with few
-    tokens a page a part of its rows.  Its rows may be several modes: for q they are (head, token).  Columns past the
+    """A gmem tensor (rows .., 64, block, index ..) that is moved box by box, one instruction each.  A box is a tile, or where
+    pages are small a part of its rows.  Its rows may be several modes: for q they are (head, token).  Columns past the
     tensor's (a rope of 32) arrive as zeros."""
 
     atom: cute.CopyAtom

@@ -40,7 +40,9 @@ def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[boo
                 got = cute.arch.shuffle_sync_bfly(v[lo] if bit else v[hi], offset=off)
                 v[lo], v[hi] = (got if bit else v[lo]), (v[hi] if bit else got)
             if exists:
-                cute.autovec_copy(rOut, cute.local_tile(gO[token, head, None], (8,), (half * cute.size(rO) // 4 + g * 4 + tid % 4,)))
+                cute.autovec_copy(
+                    rOut, cute.local_tile(gO[token, head, None], (8,), (half * cute.size(rO) // 4 + g * 4 + tid % 4,))
+                )
 
 
 @cute.jit

@@ -26,8 +26,8 @@ def out_type(config):
 
 
 def swizzled(dtype, *shape, by_rows=False):
-    """(row, column, ..) K-major with the 128-byte swizzle.  Its atoms, 8 rows x 64 columns, lie column block after column block;
-    by_rows: row group after row group, so that 8 rows of all columns are one piece of memory, which one TMA box can fill."""
+    """(row, column, ..) K-major with the 128-byte swizzle.  Its atoms, 8 rows x 64 columns, lie block after block;
+    by_rows: row group after row group, so that 8 rows of all columns are one piece of memory, which a TMA box can fill."""
     atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
     order = (1, 0, *range(2, len(shape))) if by_rows else tuple(range(len(shape)))
     return cute.tile_to_shape(atom, shape, order=order)

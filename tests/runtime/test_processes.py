@@ -50,8 +50,11 @@ def refuse(name):
         sys.exit(f"the import called {name}")
     return called
 
+for name in ("_cuda_getDeviceCount", "_cuda_init"):  # (a torch without CUDA lacks them)
+    setattr(torch._C, name, getattr(torch._C, name, None))
 for module, names in (
-    (torch.cuda, ("_lazy_init", "init", "is_available", "device_count", "current_device", "get_device_properties")),
+    (torch.cuda, ("_lazy_init", "init", "current_device", "get_device_properties")),
+    (torch._C, ("_cuda_getDeviceCount", "_cuda_init")),
     (driver, ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuCtxGetCurrent")),
     (runtime, ("cudaGetDevice", "cudaGetDeviceCount", "cudaSetDevice", "cudaFree")),
 ):
