@@ -671,7 +671,8 @@ class FakeArgs:
         tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
         vectors = lambda dt, *shape: tensor(dt, shape, (wide(), wide(), wide(), 1), 16)
         by_token = config.options.lse_by_token
-        lse = tensor(Float32, (tokens, h_q) if by_token else (b, h_q, s_q), (wide(1),) * 2 if by_token else (wide(1),) * 3, 4)
+        lse_shape = (tokens, h_q) if by_token else (b, h_q, s_q)
+        lse = tensor(Float32, lse_shape, tuple(wide(1) for _ in lse_shape), 4)
         o_split = tensor(split_type(config), (slots, s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16)
         return cls(
             q=vectors(dtype, b, s_q, h_q, kv.latent if config.q_pair else kv.head_dim),

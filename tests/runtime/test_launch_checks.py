@@ -110,7 +110,7 @@ def call():
                 return moved(tensor)
             return tvm_ffi.from_dlpack(Posing(tensor, int(name in elsewhere)))
 
-        return function(*(place(*item) for item in arguments.items()), 0.04, 132)
+        return function(*(place(*item) for item in arguments.items()), 0.04, 132, None, None)
 
     return call
 
