@@ -22,7 +22,7 @@ import numpy as np
 from cuda.bindings import driver
 
 LATENT, HEAD_DIM, PAGE, TILE = 512, 576, 64, 64
-RECORD, MERGE = 8, 4  # int32 of an item or part, and of a request to merge
+RECORD, PART, MERGE = 8, 16, 4  # int32 of an item, of a part, and of a request to merge
 CTAS_PER_SM = 4  # of combine's grid, which may have any size
 LENGTHS, HEADS = (3000, 0, 77, 64), 16
 SCALE = HEAD_DIM**-0.5
@@ -254,7 +254,7 @@ def arrays_of(problem: Problem, num_parts: int, split_itemsize: int) -> dict[str
         "block_table": Array.of(problem.block_table),
         "cache_seqlens": Array.of(problem.lengths),
         "items": Array.empty((batch + num_parts, RECORD), 4),
-        "parts": Array.empty((num_parts, RECORD), 4),
+        "parts": Array.empty((num_parts, PART), 4),
         "merges": Array.empty((1 + batch, MERGE), 4),
         "out": Array.empty((batch, 1, HEADS, LATENT), 2),
         "lse": Array.empty((batch, HEADS, 1), 4),

@@ -28,7 +28,8 @@ def mla_decode(
     """Attention of the last `num_queries` tokens of every request over its cached tokens, in the latent space (absorbed MLA).
 
     q              [batch, num_queries, num_heads, latent + rope], the pool's dtype; last axis contiguous, the other strides
-                   multiples of 16 bytes; or its two parts, ([.., latent], [.., rope]), which need not be concatenated
+                   multiples of 16 bytes; or its two parts, ([.., latent], [.., rope]), which need not be concatenated;
+                   [tokens, num_heads, latent + rope] if the plan has cu_seqlens_q
     cache          the layer's PagedKVCache
     plan           a DecodePlan made for this batch and up to date with its lengths
     softmax_scale  scores are (q . k) * softmax_scale, positive; None: (latent + rope) ** -0.5
@@ -39,6 +40,7 @@ def mla_decode(
     Returns out [batch, num_queries, num_heads, latent] of q's dtype (or float32: plan.options), softmax(scores) @ latent, and
     lse [batch, num_heads, num_queries] float32, the natural log of the sum of exp(scores), without the sink (plan.options has
     another layout and base).  A row that sees no token gives out = 0, lse = -inf.
+    With cu_seqlens_q, out is [tokens, num_heads, latent] and lse [tokens, num_heads]; rows of no request are not written.
 
     Runs on torch's current stream, can be captured in a CUDA graph and traced by torch.compile, reads nothing on the host.
     Raises TypeError, ValueError (both name the argument) or RuntimeError (not a Hopper GPU) before any launch.
@@ -68,9 +70,9 @@ def mla_decode(
         scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
         launch = _remember(plan, key, q, q_rope, cache.pool, sink)
     if out is None:
-        out = torch.empty(plan.out_shape, dtype=plan.out_dtype, device=q.device)
+        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=plan.out_dtype, device=q.device)
     if lse is None:
-        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
     try:
         launch(
             q,
@@ -114,10 +116,17 @@ def _remember(plan, key, q, q_rope, pool, sink):
     if plan.batch == 0:
         return _nothing
     launch = torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.options)
+    if plan.cu_seqlens_q is not None:
+        launch = _unless_empty(launch)
     if len(plan.launches) >= MAX_REMEMBERED:
         plan.launches.clear()
     plan.launches[key] = launch
     return launch
+
+
+def _unless_empty(launch):
+    """TMA describes no tensor without elements"""
+    return lambda q, *others: launch(q, *others) if q.shape[0] > 0 else None
 
 
 def _nothing(*_):
@@ -129,9 +138,9 @@ def _traced(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse):
     spelled out twice: a helper shared with the eager path costs each call 0.25 us of 0.85.)"""
     scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse)
     if out is None:
-        out = torch.empty(plan.out_shape, dtype=plan.out_dtype, device=q.device)
+        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=plan.out_dtype, device=q.device)
     if lse is None:
-        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
     options = plan.options
     torch.ops.flashmla_cute.decode(
         q,
@@ -178,18 +187,20 @@ def _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse) -> flo
         checks.has_dtype("sink", sink, torch.float32)
         checks.has_shape("sink", sink, (plan.num_heads,), "(num_heads,)")
         need(sink.is_contiguous(), "sink.stride()", sink.stride(), "contiguous")
+    ragged = plan.cu_seqlens_q is not None
     if out is not None:
         checks.is_tensor("out", out)
         checks.on_device("out", out, q.device, "q")
         checks.has_dtype("out", out, plan.out_dtype)
-        checks.has_shape("out", out, plan.out_shape, "(batch, num_queries, num_heads, latent)")
+        axes = "(tokens of q, num_heads, latent)" if ragged else "(batch, num_queries, num_heads, latent)"
+        checks.has_shape("out", out, (*q.shape[:-1], plan.format.latent), axes)
         checks.has_vector_strides("out", out)
     if lse is not None:
         checks.is_tensor("lse", lse)
         checks.on_device("lse", lse, q.device, "q")
         checks.has_dtype("lse", lse, torch.float32)
         axes = "(batch * num_queries, num_heads)" if plan.options.lse_by_token else "(batch, num_heads, num_queries)"
-        checks.has_shape("lse", lse, plan.lse_shape, axes)
+        checks.has_shape("lse", lse, plan.lse_shape or q.shape[:2], "(tokens of q, num_heads)" if ragged else axes)
         checks.has_no_overlap("lse", lse)
     if softmax_scale is None:
         return plan.softmax_scale
@@ -202,7 +213,9 @@ def _check(q, q_rope, cache, plan, softmax_scale, causal, sink, out, lse) -> flo
 
 
 def _check_queries(q, q_rope, cache, plan):
-    rows, kv = (plan.batch, plan.num_queries, plan.num_heads), plan.format
+    rows, axes, kv = (plan.batch, plan.num_queries, plan.num_heads), "(batch, num_queries, num_heads)", plan.format
+    if plan.cu_seqlens_q is not None:
+        rows, axes = (q.shape[0] if q.dim() == 3 else None, plan.num_heads), "(tokens, num_heads)"
     if q_rope is None:
         columns = [("q", q, kv.head_dim, "latent + rope")]
     else:
@@ -211,7 +224,7 @@ def _check_queries(q, q_rope, cache, plan):
     for name, tensor, width, meaning in columns:
         checks.on_device(name, tensor, cache.device, "the cache")
         checks.has_dtype(name, tensor, cache.pool.dtype)
-        checks.has_shape(name, tensor, (*rows, width), f"(batch, num_queries, num_heads) of the plan, {meaning}")
+        checks.has_shape(name, tensor, (*rows, width), f"{axes} of the plan, {meaning}")
         checks.has_vector_strides(name, tensor)
 
 

@@ -16,8 +16,10 @@ def decode_config(
     options: DecodeOptions = PLAIN,
     q_pair: bool = False,
     sink: bool = False,
+    ragged: bool = False,
 ) -> MLAConfig:
-    """How the decode kernel is specialised.  split: element type of partial results; mergeable: see choose_head_tile."""
+    """How the decode kernel is specialised.  num_queries: of a request; ragged: of any at most; split: element type of partial
+    results; mergeable: see choose_head_tile."""
     return MLAConfig(
         kv=kv,
         page=page,
@@ -25,19 +27,21 @@ def decode_config(
         options=options,
         q_pair=q_pair,
         sink=sink,
-        head_tile=choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable),
+        ragged=ragged,
+        head_tile=choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable, ragged),
         split=split,
     )
 
 
-def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool) -> int:
-    """`MLAConfig.head_tile` for a query tensor [b, num_queries, num_heads, head_dim] (kernels/parts/rows.py).
+def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool, ragged: bool = False) -> int:
+    """`MLAConfig.head_tile` for a query tensor [b, num_queries, num_heads, head_dim] (kernels/parts/rows.py), or a ragged one
+    [tokens, num_heads, head_dim].
 
-    mergeable: query token and head are one strided axis (stride(1) == num_heads * stride(2), or a single token).
+    mergeable: query token and head are one strided axis (stride(-3) == num_heads * stride(-2)).
     One configuration, the flat one, serves every head count with one kv head; the others waste rows only where a group of
     heads is not a power of two.
     """
-    if num_kv_heads == 1 and (mergeable or num_queries == 1):
+    if num_kv_heads == 1 and (mergeable or (num_queries == 1 and not ragged)):
         return 0
     if num_queries == 1:
         return 64

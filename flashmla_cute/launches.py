@@ -226,22 +226,25 @@ def _carveout(attributes: dict) -> int | None:
     return next((value for key, value in attributes.items() if key.name.endswith("PREFERRED_SHARED_MEMORY_CARVEOUT")), None)
 
 
-def _leaves(arguments: type, prefix: str = "") -> Iterator[str]:
-    """names of the leaves of a kernel's Args"""
+def _leaves(arguments: type, optional: bool, prefix: str = "") -> Iterator[str]:
+    """names of the leaves of a kernel's Args, with or without those that may be None"""
     hints = typing.get_type_hints(arguments)
     for field in fields(arguments):
         inner = hints[field.name]
         if is_dataclass(inner):
-            yield from _leaves(inner, f"{prefix}{field.name}.")
-        else:
+            yield from _leaves(inner, optional, f"{prefix}{field.name}.")
+        elif optional or type(None) not in typing.get_args(inner):
             yield f"{prefix}{field.name}"
 
 
 def _parameters(op, kernel: str, launch: Launch, offsets: list[tuple[int, int]]) -> Iterator[dict]:
     if len(offsets) != len(launch.parameters):
         raise ValueError(f"{kernel}: {len(launch.parameters)} parameters in the host code, {len(offsets)} in the cubin")
-    names = list(_leaves(MODULES[kernel].Args)) if kernel in MODULES else []
-    if len(names) != len(offsets):  # (a leaf that is all static passes nothing)
+    names = []
+    for optional in (True, False):  # (what is None passes nothing; nor does a leaf that is all static)
+        if kernel in MODULES and len(names) != len(offsets):
+            names = list(_leaves(MODULES[kernel].Args, optional))
+    if len(names) != len(offsets):
         names = [f"parameter {i}" for i in range(len(offsets))]
     for name, (offset, size), (kind, value) in zip(names, offsets, launch.parameters):
         found, own_size = layout(kind)

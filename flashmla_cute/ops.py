@@ -67,6 +67,24 @@ class ScheduleOp:
         return (*schedule.fake_args(self.config), Int32(1), Int32(1), _stream())
 
 
+class RaggedScheduleOp:
+    """the same for requests of different query counts"""
+
+    name = "ragged_schedule"
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles: Int32, max_tiles: Int32, stream):
+        build = schedule.BuildSchedule(self.config)
+        build(cache_seqlens, items, parts, merges, row_tiles, max_tiles, stream, cu_seqlens_q)
+
+    def fake_args(self):
+        cache_seqlens, *outputs = schedule.fake_args(self.config)
+        return (cache_seqlens, schedule.fake_cu_seqlens_q(), *outputs, Int32(1), Int32(1), _stream())
+
+
 class AppendOp:
     """new tokens -> their slots of the cache"""
 

@@ -9,7 +9,7 @@ import torch
 from . import checks, compile, heuristics, ops
 from .checks import need
 from .kernels.config import BATCH_INVARIANT, PLAIN, TILE, DecodeOptions, ScheduleConfig
-from .kernels.parts.work import MERGE, RECORD
+from .kernels.parts.work import MERGE, PART, RECORD
 from .kv_cache import PagedKVCache
 from .schedule import num_items, num_slots
 
@@ -26,7 +26,8 @@ def _constants(config: ScheduleConfig) -> list[int]:
 
 
 class DecodePlan:
-    """Schedule and workspace for decoding a batch with `num_heads` query heads and `num_queries` query tokens a request.
+    """Schedule and workspace for decoding a batch with `num_heads` query heads and `num_queries` query tokens a request, or
+    with as many for each request as `cu_seqlens_q` says.
 
     Built from the lengths that cache.cache_seqlens holds on the device when `update` runs (the constructor runs it once):
     nothing is read on the host.  Call `update` when lengths have changed; under CUDA graphs, inside the capture, so that every
@@ -37,9 +38,13 @@ class DecodePlan:
     out (1.8e-3 with either, bf16), but clamps them at +-65504, far beyond any normalised latent; float32 does not, and takes up
     to a quarter longer at small batch.
 
+    cu_seqlens_q: [batch + 1] int32, on the device; request i's query tokens are rows cu_seqlens_q[i] .. cu_seqlens_q[i + 1] - 1
+    of q, and may be none.  max_seqlen_q: query tokens of any request at most; it fixes grid and workspace, and tokens beyond it
+    are not computed.  Call `update` when cu_seqlens_q has changed, too.
+
     batch_invariant: how a request is cut depends on its own length alone, and its pieces are merged in one order: out and lse
     have the same bits whatever else is in the batch, and wherever in it.  A request of n tokens is cut into at most
-    min(32, sqrt(n / 64) / row tiles) pieces, each of which needs a partial result: the workspace grows with batch and capacity.
+    min(32, sqrt(9 / 32 * n / 64 / row tiles)) pieces, each with a partial result: the workspace grows with batch and capacity.
 
     options: sliding window, softcap, float32 out, and how lse is written (kernels/config.py); each combination compiles once.
 
@@ -52,6 +57,8 @@ class DecodePlan:
         num_heads: int,
         num_queries: int = 1,
         *,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
         partials: torch.dtype = torch.float16,
         batch_invariant: bool = False,
         options: DecodeOptions = PLAIN,
@@ -59,7 +66,14 @@ class DecodePlan:
     ):
         if not isinstance(cache, PagedKVCache):
             raise TypeError(f"cache is a {type(cache).__name__}; allowed: a PagedKVCache")
-        for name, value in (("num_heads", num_heads), ("num_queries", num_queries)):
+        counts = {"num_queries": num_queries}
+        if cu_seqlens_q is not None:
+            need(num_queries == 1, "num_queries", num_queries, "nothing beside cu_seqlens_q, which goes with max_seqlen_q")
+            _check_ragged(cache, cu_seqlens_q)
+            counts, num_queries = {"max_seqlen_q": max_seqlen_q}, max_seqlen_q
+        elif max_seqlen_q is not None:
+            raise ValueError(f"max_seqlen_q is {max_seqlen_q}; allowed: None without cu_seqlens_q, num_queries says it then")
+        for name, value in {"num_heads": num_heads, **counts}.items():
             need(isinstance(value, int) and value > 0, name, value, "a positive integer")
         need(
             num_heads % cache.num_kv_heads == 0,
@@ -76,14 +90,16 @@ class DecodePlan:
         need(partials in (torch.float16, torch.float32), "partials", partials, "torch.float16 or torch.float32")
         checks.is_hopper("cache.pool", cache.pool)
         self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
-        self.batch, self.num_heads, self.num_queries = cache.batch, num_heads, num_queries
+        self.batch, self.num_heads, self.num_queries, self.cu_seqlens_q = cache.batch, num_heads, num_queries, cu_seqlens_q
         self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
         self.options = options
-        self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)
         self.out_dtype = torch.float32 if options.out == "float32" else cache.pool.dtype
-        self.lse_shape = (self.batch, num_heads, num_queries)
-        if options.lse_by_token:
-            self.lse_shape = (self.batch * num_queries, num_heads)
+        self.out_shape = self.lse_shape = None  # of as many tokens as q has
+        if cu_seqlens_q is None:
+            self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)
+            self.lse_shape = (self.batch, num_heads, num_queries)
+            if options.lse_by_token:
+                self.lse_shape = (self.batch * num_queries, num_heads)
         self.softmax_scale = cache.format.head_dim**-0.5  # unless the caller of mla_decode has another
         self.launches: dict[tuple, Callable] = {}  # by what mla_decode was called with: checked once, then remembered
         self.num_sms = num_sms(self.device.index)
@@ -93,19 +109,29 @@ class DecodePlan:
         int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
         sizes = (self.batch, self.row_tiles, self.max_parts, -(-self.capacity // TILE), config)
         self.items = int32(max(1, num_items(*sizes)), RECORD)
-        self.parts = int32(self.max_parts, RECORD)
+        self.parts = int32(self.max_parts, PART)
         self.merges = int32(1 + self.batch, MERGE)
         slots = num_slots(*sizes)
         self.o_split = torch.empty(slots, num_queries, num_heads, cache.format.latent, dtype=partials, device=self.device)
         self.lse_split = torch.empty(slots, num_queries, num_heads, dtype=torch.float32, device=self.device)
         self.constants = _constants(config)
-        self._build = compile.get(ops.ScheduleOp, config)
+        self._build = compile.get(ops.ScheduleOp if cu_seqlens_q is None else ops.RaggedScheduleOp, config)
         self.update()
 
     def update(self) -> None:
         """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
-        arguments = (self.cache_seqlens, self.items, self.parts, self.merges, self.row_tiles, -(-self.capacity // TILE))
+        lengths = (self.cache_seqlens,) if self.cu_seqlens_q is None else (self.cache_seqlens, self.cu_seqlens_q)
+        arguments = (*lengths, self.items, self.parts, self.merges, self.row_tiles, -(-self.capacity // TILE))
         if checks.tracing():
-            torch.ops.flashmla_cute.schedule(*arguments, self.constants)
+            traced = torch.ops.flashmla_cute.schedule if self.cu_seqlens_q is None else torch.ops.flashmla_cute.ragged_schedule
+            traced(*arguments, self.constants)
         elif self.batch > 0:
             self._build(*arguments)
+
+
+def _check_ragged(cache: PagedKVCache, cu_seqlens_q):
+    checks.is_tensor("cu_seqlens_q", cu_seqlens_q)
+    checks.has_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    checks.has_shape("cu_seqlens_q", cu_seqlens_q, (cache.batch + 1,), "one more than requests")
+    need(cu_seqlens_q.is_contiguous(), "cu_seqlens_q.stride()", cu_seqlens_q.stride(), "contiguous")
+    checks.on_device("cu_seqlens_q", cu_seqlens_q, cache.device, "the cache")

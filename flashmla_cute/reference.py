@@ -73,27 +73,36 @@ def emulate_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The split and the merge as the device does them, item by item of `schedule`, in float64, on any device: shows that the
     schedule covers every tile once and that splitting changes nothing but rounding."""
-    b, s_q, h_q, _ = q.shape
-    out = torch.full((b, s_q, h_q, latent), float("nan"), dtype=torch.float64, device=q.device)
-    lse = torch.full((b, h_q, s_q), float("nan"), dtype=torch.float64, device=q.device)
+    ragged, nan = q.dim() == 3, float("nan")
+    lse_shape = q.shape[:2] if ragged else (q.shape[0], q.shape[2], q.shape[1])
+    out = torch.full((*q.shape[:-1], latent), nan, dtype=torch.float64, device=q.device)
+    lse = torch.full(lse_shape, nan, dtype=torch.float64, device=q.device)
     pieces = {}
+
+    def write(request, num_queries, o, l):
+        if ragged:
+            out[request : request + num_queries], lse[request : request + num_queries] = o, l if isinstance(l, float) else l.T
+        else:
+            out[request], lse[request] = o, l
+
     for item in schedule.items:
         k = gather(pool, block_table[item.batch], item.seqlen)
-        s = scores(q[item.batch], k, softmax_scale, causal)
+        mine = q[item.token : item.token + item.num_queries] if ragged else q[item.batch]
+        s = scores(mine, k, softmax_scale, causal)
         span = slice(item.first * TILE, min(item.end * TILE, item.seqlen))
         o, l = softmax_times(s[..., span], k[span, :, :latent])
         if item.slot < 0:
-            out[item.batch], lse[item.batch] = o, l
+            write(item.token if ragged else item.batch, item.num_queries, o, l)
         else:
             pieces[item.slot] = o, l
     for merge in schedule.merges:
         mine = [pieces.pop(slot) for slot in merge.slots()]
         if not mine:
-            out[merge.batch], lse[merge.batch] = 0, float("-inf")
+            write(merge.batch, merge.num_queries, 0.0, float("-inf"))
             continue
         o, l = torch.stack([o for o, _ in mine]), torch.stack([l for _, l in mine])
         total = torch.logsumexp(l, 0)
         weight = torch.exp(l - torch.where(total.isinf(), torch.zeros_like(total), total))
-        out[merge.batch], lse[merge.batch] = (weight.transpose(1, 2)[..., None] * o).sum(0), total
+        write(merge.batch, merge.num_queries, (weight.transpose(1, 2)[..., None] * o).sum(0), total)
     assert not pieces, f"partial results that nothing merges: slots {sorted(pieces)}"
     return out, lse

@@ -5,7 +5,7 @@ The tests hold the device to it record by record; `flashmla-cute demo` runs it w
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import isqrt
 
@@ -23,15 +23,18 @@ class Item:
     end: int
     slot: int
     seqlen: int
+    token: int = 0  # ragged: the request's first query token
+    num_queries: int = 0
 
 
 @dataclass(frozen=True)
 class Merge:
     """Pieces of a request to merge; piece i lies in slot first_slot + i.  No pieces: a request without tokens."""
 
-    batch: int
+    batch: int  # ragged: its first query token
     first_slot: int
     pieces: int
+    num_queries: int = 0  # ragged
 
     def slots(self) -> list[int]:
         return list(range(self.first_slot, self.first_slot + self.pieces))
@@ -64,7 +67,7 @@ def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
     """pieces that a request has before the cuts"""
     if not config.max_pieces:
         return int(tiles > 0)
-    pieces = isqrt(config.piece_gain * tiles // min(row_tiles, MAX_ROW_TILES) ** 2)
+    pieces = isqrt(config.piece_gain * tiles // (32 * min(row_tiles, MAX_ROW_TILES)))
     return max(min(pieces, tiles, config.max_pieces), int(tiles > 0))
 
 
@@ -129,15 +132,31 @@ def count_pieces(cuts: Sequence[tuple[int, int]]) -> int:
 
 
 def build_schedule(
-    lengths: Sequence[int], row_tiles: int, max_parts: int, config: ScheduleConfig = ScheduleConfig(), max_tiles: int = 1 << 30
+    lengths: Sequence[int],
+    row_tiles: int,
+    max_parts: int,
+    config: ScheduleConfig = ScheduleConfig(),
+    max_tiles: int = 1 << 30,
+    cu_seqlens_q: Sequence[int] | None = None,
 ) -> Schedule:
     """lengths: tokens of each request; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share one's work."""
+    if cu_seqlens_q is not None:
+        return _ragged(lengths, row_tiles, max_parts, config, max_tiles, cu_seqlens_q)
     tiles = [min((max(n, 0) + TILE - 1) // TILE, max_tiles) for n in lengths]
     seqlens = [min(n, max_tiles * TILE) for n in lengths]
     pieces = [num_pieces(n, row_tiles, config) for n in tiles]
     prefix = [0, *accumulate(n + config.item_tiles * k for n, k in zip(tiles, pieces))]
     make = _of_fixed_pieces if config.max_pieces else _of_cuts
     return make(tiles, seqlens, prefix, [0, *accumulate(pieces)], row_tiles, max_parts, config)
+
+
+def _ragged(lengths, row_tiles, max_parts, config, max_tiles, cu_seqlens_q) -> Schedule:
+    """the schedule of those that have query tokens, with where these are"""
+    counts = [end - begin for begin, end in pairwise(cu_seqlens_q)]
+    plain = build_schedule([n * (k > 0) for n, k in zip(lengths, counts)], row_tiles, max_parts, config, max_tiles)
+    items = (replace(item, token=cu_seqlens_q[item.batch], num_queries=counts[item.batch]) for item in plain.items)
+    merges = (replace(merge, batch=cu_seqlens_q[merge.batch], num_queries=counts[merge.batch]) for merge in plain.merges)
+    return replace(plain, items=tuple(items), merges=tuple(merges))
 
 
 def _cheapest(cost: Callable[[int], int], max_parts: int, most: int) -> int:

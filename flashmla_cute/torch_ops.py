@@ -18,6 +18,8 @@ SCHEMAS = {
     "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
     "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tiles, "
     "int[] config) -> ()",
+    "ragged_schedule": "(Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, "
+    "int row_tiles, int max_tiles, int[] config) -> ()",
     "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, int num_latent) -> ()",
 }
 
@@ -32,19 +34,20 @@ def decode_function(
     options: DecodeOptions,
 ) -> Callable:
     """the compiled decode for these tensors; what it takes: ops.DecodeOp"""
-    num_queries, num_heads = q.shape[1:3]
+    num_queries, num_heads = o_split.shape[1:3]
     config = heuristics.decode_config(
         checks.format_of("pool", pool, o_split.shape[-1]),
         num_queries,
         num_heads,
         num_kv_heads=pool.shape[2],
-        mergeable=all(t.stride(1) == num_heads * t.stride(2) for t in (q, q_rope) if t is not None),
+        mergeable=all(t.stride(-3) == num_heads * t.stride(-2) for t in (q, q_rope) if t is not None),
         causal=causal,
         split=str(o_split.dtype).removeprefix("torch."),
         page=pool.shape[1],
         options=options,
         q_pair=q_rope is not None,
         sink=sink is not None,
+        ragged=q.dim() == 3,
     )
     return compile.get(ops.DecodeOp, config)
 
@@ -65,6 +68,13 @@ def schedule(cache_seqlens: torch.Tensor, *others):
         compile.get(ops.ScheduleOp, ScheduleConfig(*config))(cache_seqlens, *arguments)
 
 
+def ragged_schedule(cache_seqlens: torch.Tensor, *others):
+    *arguments, config = others
+    checks.is_hopper("cache_seqlens", cache_seqlens)
+    if cache_seqlens.shape[0] > 0:
+        compile.get(ops.RaggedScheduleOp, ScheduleConfig(*config))(cache_seqlens, *arguments)
+
+
 def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, num_latent: int):
     checks.is_hopper("pool", pool)
     if slots.shape[0] > 0:
@@ -74,7 +84,7 @@ def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("flashmla_cute", "DEF")
-    for launch in (decode, schedule, append):
+    for launch in (decode, schedule, ragged_schedule, append):
         # (the strides that were checked and that choose the configuration must arrive)
         tag = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)  # torch 2.6 has the second only
         library.define(launch.__name__ + SCHEMAS[launch.__name__], tags=(tag,))

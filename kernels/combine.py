@@ -3,10 +3,10 @@
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
 A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in
-flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces (batch 1) and
-thousands of rows of two pieces (a large batch) both fill the card.  The order of the sum depends on that number, so a
-batch-invariant schedule names it.  A fixed grid walks the list that kernels/schedule.py wrote;
-a step without splits costs an empty launch, overlapped with the decode kernel's tail.
+flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces
+(batch 1) and thousands of rows of two pieces (a large batch) both fill the card; a batch-invariant schedule allows but one.
+A fixed grid walks the list that kernels/schedule.py wrote; a step without splits costs an empty launch, overlapped with the
+decode kernel's tail.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from .config import MLAConfig
 from .parts.softmax import sink_share
 from .parts.store import store_lse
 from .parts.tiles import out_type, split_type
-from .parts.work import MERGE
+from .parts.work import MERGE, MERGE_WARPS
 
-WARPS = 8  # of a CTA
+WARPS = MERGE_WARPS  # of a CTA
 VECTOR_BYTES = 16  # of a lane, at most
 IN_FLIGHT = 4  # pieces a lane loads before it uses the first
 LOG2_E = 1.4426950408889634
@@ -36,16 +36,16 @@ class Args:
 
     o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head) f32
-    merges: cute.Tensor  # (1 + request, MERGE): number, warps of a unit or 0; then request, first slot, pieces
-    o: cute.Tensor  # (request, query token, head, latent)
-    lse: cute.Tensor  # (request, head, query token), or (token, head)
+    merges: cute.Tensor  # (1 + request, MERGE): number, most warps of a unit; then as parts/work.py has it
+    o: cute.Tensor  # (request, query token, head, latent); ragged: (token, head, latent)
+    lse: cute.Tensor  # (request, head, query token), or (token, head), always if ragged
     sink: cute.Tensor | None  # (head,) f32
 
 
 @dataclass(frozen=True)
 class Unit:
     exists: cutlass.Boolean
-    request: Int32
+    request: Int32  # ragged: its first query token
     first_slot: Int32
     pieces: Int32
     token: Int32
@@ -69,8 +69,8 @@ class Combine:
 
     @cute.jit
     def __call__(self, o_split, lse_split, merges, o, lse, sink, num_sms: Int32, stream):
-        b, s_q, h_q, _ = o.shape
-        units = b * s_q * h_q * self.chunks
+        _, s_q, h_q, _ = o_split.shape
+        units = (merges.shape[0] - 1) * s_q * h_q * self.chunks
         self.kernel(Args(o_split, lse_split, merges, o, lse, sink)).launch(
             grid=[cutlass.min(units, CTAS_PER_SM * num_sms), 1, 1],
             block=[32 * WARPS, 1, 1],
@@ -85,14 +85,12 @@ class Combine:
         sPart = self._allocate()
         cta, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
-        _, s_q, h_q, _ = args.o.shape
+        _, s_q, h_q, _ = args.o_split.shape
         # The list was complete before the decode kernel let this one start: all that does not need its results goes first.
         units = args.merges[0, 0] * s_q * h_q * self.chunks
-        share = args.merges[0, 1]  # warps of a unit
-        if share == 0:
-            share = Int32(1)
-            while (share < WARPS) & (units * share * 2 <= num_ctas * WARPS):
-                share *= 2
+        share, most = Int32(1), args.merges[0, 1]  # warps of a unit
+        while (share < most) & (units * share * 2 <= num_ctas * WARPS):
+            share *= 2
         warp = cute.arch.warp_idx()
         per_cta = WARPS // share
         unit = self._locate(args, cta * per_cta + warp // share, units)
@@ -111,11 +109,14 @@ class Combine:
 
     @cute.jit
     def _locate(self, args: Args, index: Int32, units: Int32) -> Unit:
-        _, s_q, h_q, _ = args.o.shape
+        _, s_q, h_q, _ = args.o_split.shape
         chunks = self.chunks
         row, exists = index // chunks, index < units
         merge = 1 + row // (s_q * h_q) if exists else 1
         token, head = row // h_q % s_q, row % h_q
+        if const_expr(self.config.ragged):
+            num_queries = cutlass.min(args.merges[merge, 3], args.o.shape[0] - args.merges[merge, 0])
+            exists = exists & (token < num_queries)
         pieces = args.merges[merge, 2] if exists else 0
         return Unit(exists, args.merges[merge, 0], args.merges[merge, 1], pieces, token, head, index % chunks)
 
@@ -149,10 +150,13 @@ class Combine:
                     rO[j] = rO[j] * left
             rOut = cute.make_rmem_tensor(self.vector, out_type(self.config))
             rOut.store(rO.load().to(out_type(self.config)))
-            gOut = args.o[unit.request, unit.token, unit.head, None]
+            if const_expr(self.config.ragged):
+                gOut = args.o[unit.request + unit.token, unit.head, None]
+            else:
+                gOut = args.o[unit.request, unit.token, unit.head, None]
             cute.autovec_copy(rOut, cute.local_tile(gOut, (self.vector,), (column,)))
             if (lane == 0) & (unit.chunk == 0):
-                store_lse(self.config, args.lse, unit.request, args.o.shape[1], unit.token, unit.head, lse)
+                store_lse(self.config, args.lse, unit.request, args.o_split.shape[1], unit.token, unit.head, lse)
 
     @cute.jit
     def _load(self, args: Args, unit: Unit, column: Int32, base: Int32, share: Int32):

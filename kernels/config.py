@@ -7,7 +7,7 @@ BLOCK_BYTES = 128  # width of a swizzled column block of shared memory
 RING_BYTES = 3 * 64 * 1024  # of shared memory for KV tiles and q in flight
 PAGE_STEP, MAX_PAGE = 8, 1024  # tokens: a row group of the swizzle; what the tests cover
 SMEM_LIMIT = 232448  # bytes a CTA may have on sm_90; the DSL does not check it at compile time
-MAX_PIECES, MAX_PIECE_GAIN, MAX_ROW_TILES = 32, 32, 1024  # within these, the maths of fixed pieces fits 32 bits
+MAX_PIECES, MAX_PIECE_GAIN, MAX_ROW_TILES = 32, 32, 32768  # within these, the maths of fixed pieces fits 32 bits
 LAUNCH_REGISTERS = 168  # ptxas gives 384 threads this many each; setmaxnreg only moves them between warpgroups
 
 
@@ -69,6 +69,7 @@ class MLAConfig:
     options: DecodeOptions = PLAIN
     q_pair: bool = False  # the rope columns of q are a tensor of their own
     sink: bool = False  # a logit per head joins the softmax's sum, without a value
+    ragged: bool = False  # requests of different query counts, their tokens one after the other in q, out and lse
 
     head_tile: int = 0  # heads of one token that are neighbours in a row tile; 0: rows are one strided axis (parts/rows.py)
     split: str = "float16"  # element type of partial results: half the bytes of float32, -18 % at batch 1; clamps at 65504
@@ -108,11 +109,13 @@ class MLAConfig:
         rows = f"h{self.head_tile}" if self.head_tile else "flat"
         mask = "causal" if self.causal else "full"
         split = "" if self.split == "float16" else f"_{self.split}"
-        flags = "".join(
-            f"_{word}" for word, on in (("pair", self.q_pair), ("sink", self.sink), ("lanes", self.lane_arrivals)) if on
-        )
+        flags = "".join(f"_{word}" for word, on in self._flags.items() if on)
         dims = f"{self.kv.dtype}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
         return f"dense_{dims}_{mask}_{rows}{split}{self.options.name}{flags}"
+
+    @property
+    def _flags(self) -> dict[str, bool]:
+        return {"pair": self.q_pair, "sink": self.sink, "ragged": self.ragged, "lanes": self.lane_arrivals}
 
     def check(self):
         """Raises ValueError, naming the field, for a configuration that this kernel cannot run."""
@@ -168,7 +171,7 @@ class ScheduleConfig:
     item_tiles: int = 3  # what an item costs beside its tiles, in tiles: q in, o out
     tile_cost: int = 40  # a KV tile, in pieces
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
-    piece_gain: int = 1  # such a request of n tiles has sqrt(piece_gain * n) / row tiles pieces
+    piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 

@@ -46,7 +46,7 @@ Steady state; tile c's scores are in SCORE's registers when its round starts, no
   V5 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import cutlass
@@ -75,7 +75,7 @@ from .parts.tiles import (
     swizzled,
     thread_in_warpgroup,
 )
-from .parts.work import RECORD, Work, WorkItem
+from .parts.work import PART, RECORD, Work, WorkItem
 
 STEPS = BLOCK // 16  # k-steps of a column block
 OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
@@ -92,8 +92,8 @@ class NamedBarrier(IntEnum):
 # The bundle says where a tensor lives: args.x in gmem, smem.x in smem.  Locals: prefix g, s, r, t (descriptors).
 @dataclass(frozen=True)
 class Outputs:
-    o: cute.Tensor  # (request, query token, head, latent)
-    lse: cute.Tensor  # (request, head, query token), or (token, head)
+    o: cute.Tensor  # (request, query token, head, latent); ragged: (token, head, latent)
+    lse: cute.Tensor  # (request, head, query token), or (token, head), always if ragged
     o_split: cute.Tensor  # (slot, query token, head, latent) config.split
     lse_split: cute.Tensor  # (slot, query token, head)
 
@@ -109,7 +109,7 @@ class Args:
     rope: TmaOperand | None  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
     items: cute.Tensor  # (item, RECORD)
-    parts: cute.Tensor  # (part, RECORD)
+    parts: cute.Tensor  # (part, PART)
     result: Outputs
     sink: cute.Tensor | None  # (head,)
     h_kv: Int32
@@ -272,12 +272,12 @@ class DenseDecode:
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # (request, query token, head, 576), or the first 512 columns
-        q_rope: cute.Tensor | None,  # the other columns, (request, query token, head, 64)
+        q: cute.Tensor,  # (request, query token, head, 576), or the first 512 columns; ragged: (token, head, 576)
+        q_rope: cute.Tensor | None,  # the other columns, (request, query token, head, 64); ragged likewise
         cache: cute.Tensor,  # (page, token, kv head, 576)
         block_table: cute.Tensor,  # (request, page) int32
         items: cute.Tensor,  # (item, RECORD) int32
-        parts: cute.Tensor,  # (part, RECORD) int32
+        parts: cute.Tensor,  # (part, PART) int32
         result: Outputs,
         sink: cute.Tensor | None,  # (head,) f32
         softmax_scale: Float32,
@@ -285,7 +285,7 @@ class DenseDecode:
     ):
         config, latent, rope, blocks = self.config, self.config.kv.latent, self.config.kv.rope, self.config.latent_blocks
         _, _, h_kv, _ = cache.shape
-        _, s_q, h_q, _ = q.shape
+        _, s_q, h_q, _ = result.o_split.shape
         cap = config.options.softcap
         args = Args(
             q=self._query_operand(q, 0, blocks),
@@ -314,6 +314,8 @@ class DenseDecode:
 
     def _query_operand(self, q, column, blocks, width=BLOCK):
         """columns column .. column + 64 * blocks of q as (head, query token, 64, block, request), see parts/rows.py"""
+        if const_expr(self.config.ragged):  # a single request; loads are told where in it another begins
+            q = cute.make_tensor(q.iterator, cute.make_layout((1, *q.shape), stride=(q.stride[0], *q.stride)))
         b, s_q, h_q, _ = q.shape
         stride_b, stride_s, stride_h, _ = q.stride
         flat = self.config.head_tile == 0
@@ -350,9 +352,9 @@ class DenseDecode:
         cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
         cute.arch.griddepcontrol_launch_dependents()
         row_tile, part, _ = cute.arch.block_idx()
-        _, s_q, h_q, _ = args.result.o.shape
+        _, s_q, h_q, _ = args.result.o_split.shape
         rows = RowTile.of(self.config.head_tile, row_tile, s_q, h_q, args.h_kv)
-        work = Work.of(args.items, args.parts, part)
+        work = Work.of(args.items, args.parts, part, rows, self.config.ragged)
         if warp_idx < SCORE_WARPS:
             cute.arch.setmaxregister_increase(self.config.score_registers)
             if work.count > 0:
@@ -367,6 +369,10 @@ class DenseDecode:
 
     def _query_load(self, operand, rows, sDst, full):
         source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
+        if self.config.ragged:  # the index is how far along the token mode a request begins
+            *modes, _ = source.shape
+            shape, stride = (*modes, modes[rows.token_mode]), (*source.stride[:-1], source.stride[rows.token_mode])
+            source = cute.make_tensor(source.iterator, cute.make_layout(shape, stride=stride))
         lanes = self.config.lane_arrivals
         return TmaLoad.make(operand.atom, source, sDst, full, self.config.row_modes, every_lane=lanes)
 
@@ -374,6 +380,13 @@ class DenseDecode:
         source = operand.tensor[None, None, None, rows.kv_head, None]
         box, lanes = (self.config.box_tokens,), self.config.lane_arrivals
         return TmaLoad.make(operand.atom, source, sDst, full, box, hint=EVICT_FIRST, every_lane=lanes)
+
+    def _item(self, result: Outputs, sRecord, rows: RowTile):
+        """the item, and its rows: no more query tokens than q and the row tiles have"""
+        item = WorkItem.read(sRecord, self.config.ragged)
+        if self.config.ragged:
+            rows = replace(rows, s_q=cutlass.min(item.num_queries, rows.s_q, result.o.shape[0] - item.token))
+        return item, rows
 
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
@@ -383,10 +396,10 @@ class DenseDecode:
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-            item = WorkItem.read(smem.item[None, it & 1])
+            item, item_rows = self._item(args.result, smem.item[None, it & 1], rows)
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
-            mask = Mask(rows, item.seqlen, config.causal, config.options.window)
+            mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
             clear = mask.clear()
             softmax.reset()
             cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
@@ -411,13 +424,13 @@ class DenseDecode:
             mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
             softmax.step(x.rS, x.rP)
             inv_sum = softmax.finalize()
-            self._join_sink(inv_sum, softmax, args, item, rows)
+            self._join_sink(inv_sum, softmax, args, item, item_rows)
             self._store_p(x.rP, softmax.rescale, smem, bars, parity)
             self._store_rows(inv_sum, smem.inv_sum[None, it & 1])
             self._publish_p(bars)
             arrive(bars.pv_go, config.lane_arrivals)
             parity ^= 1
-            self._store_lse(softmax, args.result, item, rows)
+            self._store_lse(softmax, args.result, item, item_rows)
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
@@ -516,7 +529,8 @@ class DenseDecode:
                 if exists:
                     v = softmax.lse_log2(r)
                     if item.slot < 0:
-                        store_lse(self.config, result.lse, item.batch, rows.s_q, token, head, v)
+                        request = item.token if const_expr(self.config.ragged) else item.batch
+                        store_lse(self.config, result.lse, request, rows.s_q, token, head, v)
                     else:
                         result.lse_split[item.slot, token, head] = v * LN2
 
@@ -561,7 +575,7 @@ class DenseDecode:
                     cursor = loads.wait_and_request(cursor, parity)
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
-            item = WorkItem.read(smem.item[None, it & 1])
+            item, item_rows = self._item(args.result, smem.item[None, it & 1], rows)
             for tile in cutlass.range(item.first, item.end, unroll=1):
                 cute.arch.mbarrier_wait(bars.p_full, parity)  # V1
                 self._rescale(rO, smem.rescale[row], smem.rescale[row + 8])
@@ -589,13 +603,19 @@ class DenseDecode:
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             if item.slot < 0:
                 if const_expr(config.out == "float32"):
-                    store_wide(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows)
+                    store_wide(half, rO, inv_sum, self._final_o(args.result, item), item_rows)
                 else:
-                    store_rows(half, rO, inv_sum, args.result.o[item.batch, None, None, None], rows, False)
+                    store_rows(half, rO, inv_sum, self._final_o(args.result, item), item_rows, False)
             elif const_expr(config.split == "float32"):
-                store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows)
+                store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], item_rows)
             else:
-                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], rows, True)
+                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], item_rows, True)
+
+    def _final_o(self, result: Outputs, item: WorkItem):
+        """(token, head, column) of the item's request"""
+        if self.config.ragged:
+            return cute.domain_offset((item.token, 0, 0), result.o)
+        return result.o[item.batch, None, None, None]
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
@@ -665,24 +685,22 @@ class FakeArgs:
 
         dtype, kv = element_type(config), config.kv
         b, s_q, h_q, slots, tokens = (cute.sym_int() for _ in range(5))
-        wide = lambda divisibility=8: cute.sym_int64(
-            divisibility=divisibility
-        )  # 8 elements: 16 bytes, what TMA and stores need
+        wide = lambda divisibility=8: cute.sym_int64(divisibility=divisibility)  # 8 elements: what TMA and stores need
         tensor = lambda dt, shape, stride, align: make_fake_tensor(dt, shape, stride=stride, assumed_align=align)
-        vectors = lambda dt, *shape: tensor(dt, shape, (wide(), wide(), wide(), 1), 16)
-        by_token = config.options.lse_by_token
-        lse_shape = (tokens, h_q) if by_token else (b, h_q, s_q)
+        vectors = lambda dt, *shape: tensor(dt, shape, (*(wide() for _ in shape[1:]), 1), 16)
+        rows = (tokens, h_q) if config.ragged else (b, s_q, h_q)
+        lse_shape = (tokens, h_q) if config.options.lse_by_token or config.ragged else (b, h_q, s_q)
         lse = tensor(Float32, lse_shape, tuple(wide(1) for _ in lse_shape), 4)
         o_split = tensor(split_type(config), (slots, s_q, h_q, kv.latent), (wide(kv.latent), wide(kv.latent), kv.latent, 1), 16)
         return cls(
-            q=vectors(dtype, b, s_q, h_q, kv.latent if config.q_pair else kv.head_dim),
-            q_rope=vectors(dtype, b, s_q, h_q, kv.rope) if config.q_pair else None,
+            q=vectors(dtype, *rows, kv.latent if config.q_pair else kv.head_dim),
+            q_rope=vectors(dtype, *rows, kv.rope) if config.q_pair else None,
             cache=vectors(dtype, cute.sym_int(), config.page, cute.sym_int(), kv.head_dim),
             block_table=tensor(Int32, (b, cute.sym_int()), (wide(1), 1), 4),
             items=tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
-            parts=tensor(Int32, (cute.sym_int(), RECORD), (RECORD, 1), 32),
+            parts=tensor(Int32, (cute.sym_int(), PART), (PART, 1), 32),
             result=Outputs(
-                vectors(out_type(config), b, s_q, h_q, kv.latent),
+                vectors(out_type(config), *rows, kv.latent),
                 lse,
                 o_split,
                 tensor(Float32, (slots, s_q, h_q), (wide(1), wide(1), 1), 4),

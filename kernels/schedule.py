@@ -13,7 +13,7 @@ request, and one for each request that has such cuts.
 
 With config.max_pieces, results are batch-invariant: every request is cut into the pieces that its length alone asks for, each
 is an item and has the slot of its own number, and step 2 only balances whole pieces over the parts.  The merge then keeps to
-one order (FIXED_SHARE).
+one order.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,7 @@ from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
 from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, num_pieces, piece_begin, piece_cut, upper_bound
-from .parts.work import BEGIN, COUNT, MERGE, RECORD
-
-FIXED_SHARE = 1  # warps that merge a row of a batch-invariant schedule
+from .parts.work import BEGIN, COUNT, MERGE, MERGE_WARPS, PART, RECORD
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,11 @@ class Args:
 
     cache_seqlens: cute.Tensor  # (request,)
     items: cute.Tensor  # out, (request + part, RECORD)
-    parts: cute.Tensor  # out, (part, RECORD): the part's first item, where its items begin, and how many they are
-    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and the warps a row must get (0: any)
+    parts: cute.Tensor  # out, (part, PART): the part's first item, where its items begin, and how many they are
+    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and how many warps a row may get
     row_tiles: Int32
     max_tiles: Int32  # longer lengths are cut to what the block table can name
+    cu_seqlens_q: cute.Tensor | None  # (request + 1,) ragged: where each request's query tokens begin
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,9 @@ class BuildSchedule:
         row_tiles: Int32,
         max_tiles: Int32,
         stream,
+        cu_seqlens_q: cute.Tensor | None = None,
     ):
-        args = Args(cache_seqlens, items, parts, merges, row_tiles, max_tiles)
+        args = Args(cache_seqlens, items, parts, merges, row_tiles, max_tiles, cu_seqlens_q)
         self.kernel(args).launch(
             grid=[1, 1, 1],
             block=[self.config.num_threads, 1, 1],
@@ -143,7 +143,15 @@ class BuildSchedule:
         length = Int32(0)
         if request < args.cache_seqlens.shape[0]:
             length = args.cache_seqlens[request]
+            if const_expr(args.cu_seqlens_q is not None):
+                if self._queries(args, request)[1] <= 0:
+                    length = Int32(0)
         return cutlass.min((cutlass.max(length, 0) + TILE - 1) // TILE, args.max_tiles)
+
+    def _queries(self, args: Args, request: Int32):
+        """ragged: first query token, number"""
+        begin = args.cu_seqlens_q[request]
+        return begin, args.cu_seqlens_q[request + 1] - begin
 
     @cute.jit
     def _num_pieces(self, args: Args, tiles: Int32):
@@ -283,7 +291,7 @@ class BuildSchedule:
         if p < args.parts.shape[0]:
             begin, count = smem.begin[p], smem.begin[p + 1] - smem.begin[p]
             if count > 0:
-                for i in cutlass.range_constexpr(BEGIN):
+                for i in cutlass.range_constexpr(RECORD):
                     args.parts[p, i] = args.items[begin, i]
             args.parts[p, BEGIN] = begin
             args.parts[p, COUNT] = count
@@ -300,7 +308,8 @@ class BuildSchedule:
     def _write(self, args: Args, item: Int32, record):
         request, first, end, slot = record
         length = cutlass.min(args.cache_seqlens[request], args.max_tiles * TILE)
-        for i, value in enumerate((request, first, end, slot, length, Int32(0), Int32(0), Int32(0))):
+        queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
+        for i, value in enumerate((request, first, end, slot, length, *queries, Int32(0))):
             args.items[item, i] = value
 
     @cute.jit
@@ -315,12 +324,15 @@ class BuildSchedule:
             wanted = Int32(1) if pieces != 1 else Int32(0)
             index, num = self._scan(smem, wanted)
             if wanted > 0:
-                for i, value in enumerate((request, first_slot, pieces, Int32(0))):
+                begin, num_queries = request, Int32(0)
+                if const_expr(args.cu_seqlens_q is not None):
+                    begin, num_queries = self._queries(args, request)
+                for i, value in enumerate((begin, first_slot, pieces, num_queries)):
                     args.merges[listed + index, i] = value
             listed += num
         if tid == 0:
             args.merges[0, 0] = listed
-            args.merges[0, 1] = FIXED_SHARE if const_expr(self.config.max_pieces > 0) else 0
+            args.merges[0, 1] = 1 if const_expr(self.config.max_pieces > 0) else MERGE_WARPS
 
     @cute.jit
     def _pieces(self, smem: Smem, request: Int32, parts: Int32):
@@ -344,6 +356,12 @@ def fake_args(config: ScheduleConfig):
     return (
         tensor((b,), (1,), 4),
         tensor((cute.sym_int(), RECORD), (RECORD, 1), 32),
-        tensor((cute.sym_int(), RECORD), (RECORD, 1), 32),
+        tensor((cute.sym_int(), PART), (PART, 1), 32),
         tensor((cute.sym_int(), MERGE), (MERGE, 1), 16),
     )
+
+
+def fake_cu_seqlens_q():
+    from cutlass.cute.runtime import make_fake_tensor
+
+    return make_fake_tensor(Int32, (cute.sym_int(),), stride=(1,), assumed_align=4)

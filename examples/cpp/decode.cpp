@@ -24,7 +24,7 @@
 namespace {
 
 constexpr int kLatent = 512, kHeadDim = 576, kPage = 64, kTile = 64;
-constexpr int kRecord = 8, kMerge = 4;  // int32 of an item or part, and of a request to merge
+constexpr int kRecord = 8, kPart = 16, kMerge = 4;  // int32 of an item, of a part, and of a request to merge
 constexpr int kHeads = 16;
 const std::vector<int32_t> kLengths = {3000, 0, 77, 64};
 const double kScale = 1.0 / std::sqrt(double(kHeadDim));
@@ -169,7 +169,7 @@ Result decode(const Problem& problem, int num_sms) {
   Tensor cache(kBf16, {problem.num_pages, kPage, 1, kHeadDim}, problem.cache);
   Tensor block_table(kI32, {b, problem.max_tiles}, problem.block_table);
   Tensor lengths(kI32, {b}, kLengths);
-  Tensor items(kI32, {b + num_parts, kRecord}), parts(kI32, {num_parts, kRecord}), merges(kI32, {1 + b, kMerge});
+  Tensor items(kI32, {b + num_parts, kRecord}), parts(kI32, {num_parts, kPart}), merges(kI32, {1 + b, kMerge});
   Tensor out(kBf16, {b, 1, kHeads, kLatent}), lse(kF32, {b, kHeads, 1});
   Tensor o_split(kF16, {slots, 1, kHeads, kLatent}), lse_split(kF32, {slots, 1, kHeads});
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // the fills ran on the default stream

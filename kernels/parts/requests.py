@@ -23,7 +23,8 @@ BATCH, FIRST, END, SEQLEN = ([f.name for f in fields(WorkItem)].index(name) for 
 class Cursor:
     """what the refill warp requests next"""
 
-    it: Int32  # item
+    it: Int32  # item of the part
+    skipped: Int32  # items before it that are not this CTA's
     wants_q: Boolean  # its q slot, else tile `tile`
     batch: Int32
     first: Int32
@@ -48,22 +49,26 @@ class Refill:
 
     def start(self):
         zero = Int32(0)
-        return Cursor(zero, Boolean(True), zero, zero, zero, zero, zero, self.work.head, zero)
+        return Cursor(zero, zero, Boolean(True), zero, zero, zero, zero, zero, self.work.head, zero)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
-        it, wants_q, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
+        it, skipped, wants_q, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
         lane = cute.arch.lane_idx()
-        if it < self.work.count:
+        if wants_q:
+            skipped -= it
+            it, record = self.work.skip(it, record)
+            skipped += it
+        if it < self.work.total:
             if wants_q:
                 if lane < RECORD:
-                    self.sItem[lane, it & 1] = record
+                    self.sItem[lane, (it - skipped) & 1] = record
                 cute.arch.sync_warp()
                 batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
                 tile, wants_q = first, Boolean(False)
-                self.q.start(batch, stage)
+                self.q.start(self.work.query_index(batch, record), stage)
                 pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
-                if it + 1 < self.work.count:
+                if it + 1 < self.work.total:
                     record = self.work.records[it + 1, lane % RECORD]
             else:
                 self.latent.start_tile(PageSpan.around(self.page, pages, first, tile), tile, stage)
@@ -72,7 +77,7 @@ class Refill:
                     it, wants_q = it + 1, Boolean(True)
                 elif (tile - first) % tiles_per_load(self.page) == 0:
                     pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
-        return Cursor(it, wants_q, batch, first, tile, end, seqlen, record, pages)
+        return Cursor(it, skipped, wants_q, batch, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: Cursor, pos: RingPos):
@@ -84,8 +89,9 @@ class Refill:
 class RopeCursor:
     """what the feed warp requests next"""
 
-    it: Int32  # item
+    it: Int32  # item of the part
     batch: Int32
+    query: Int32  # what the loads of q are told
     first: Int32
     tile: Int32
     end: Int32
@@ -112,28 +118,32 @@ class Feed:
     @cute.jit
     def _open_item(self, it: Int32, record: Int32):
         """a cursor at the item's first tile; past the last item, one that requests nothing"""
+        it, record = self.work.skip(it, record)
         batch, first, end, seqlen = (uniform(lane_value(record, i)) for i in (BATCH, FIRST, END, SEQLEN))
-        after = self.work.records[cutlass.min(it + 1, self.work.count - 1), cute.arch.lane_idx() % RECORD]
+        query = self.work.query_index(batch, record)
+        after = self.work.records[cutlass.min(it + 1, self.work.total - 1), cute.arch.lane_idx() % RECORD]
         pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
-        return RopeCursor(it, batch, first, first, end, seqlen, after, pages)
+        return RopeCursor(it, batch, query, first, first, end, seqlen, after, pages)
 
     @cute.jit
     def request(self, c: RopeCursor):
-        it, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
-        if it < self.work.count:
+        it, batch, query, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(RopeCursor))
+        if it < self.work.total:
             if tile == first:
-                self.q_last.start(batch, 0)
+                self.q_last.start(query, 0)
                 if const_expr(self.q_rope is not None):
-                    self.q_rope.start(batch, 0)
+                    self.q_rope.start(query, 0)
             if const_expr(self.rope is not None):
                 self.rope.start_tile(PageSpan.around(self.page, pages, first, tile), tile, 0)
             tile += 1
             if tile == end:
                 opened = self._open_item(it + 1, record)
-                it, batch, first, tile, end, seqlen, record, pages = (getattr(opened, f.name) for f in fields(RopeCursor))
+                it, batch, query, first, tile, end, seqlen, record, pages = (
+                    getattr(opened, f.name) for f in fields(RopeCursor)
+                )
             elif (tile - first) % tiles_per_load(self.page) == 0:
                 pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
-        return RopeCursor(it, batch, first, tile, end, seqlen, record, pages)
+        return RopeCursor(it, batch, query, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: RopeCursor, parity: Int32):

@@ -49,6 +49,15 @@ class RowTile:
         """head coordinate of the tile's box in q; the row coordinate in the flat tiling"""
         return self.kv_head * self.group + self.head
 
+    @property
+    def token_mode(self):
+        """of q's coordinates: the one along which the next query token lies, `token_step` further"""
+        return 0 if self.head_tile == 0 else 1
+
+    @property
+    def token_step(self):
+        return self.group if self.head_tile == 0 else Int32(1)
+
     def token_of(self, row):
         if const_expr(self.head_tile == 0):
             return (self.head + row) // self.group

@@ -76,10 +76,10 @@ def load_of(
 # ---------------------------------------------------------------------- batch-invariant: cuts at the edges of fixed pieces
 @cute.jit
 def num_pieces(tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int]) -> Int32:
-    """the largest n <= max_pieces, tiles with (n * row_tiles)^2 <= gain * tiles, at least 1; 0 without tiles"""
+    """the largest n <= max_pieces, tiles with n^2 * row_tiles <= gain / 32 * tiles, at least 1; 0 without tiles"""
     pieces = Int32(1) if tiles > 0 else Int32(0)
-    rows = cutlass.min(row_tiles, MAX_ROW_TILES)
-    while (pieces < cutlass.min(tiles, max_pieces)) & ((pieces + 1) * rows * (pieces + 1) * rows <= tiles * gain):
+    rows = 32 * cutlass.min(row_tiles, MAX_ROW_TILES)
+    while (pieces < cutlass.min(tiles, max_pieces)) & ((pieces + 1) * (pieces + 1) * rows <= tiles * gain):
         pieces += 1
     return pieces
 

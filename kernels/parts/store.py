@@ -9,13 +9,15 @@ from .softmax import LN2
 from .tiles import element, fragment_row, thread_in_warpgroup
 
 
-def store_lse(config, gLse, batch, s_q, token, head, lse_log2):
-    """to where and in the base that the options say"""
+def store_lse(config, gLse, request, s_q, token, head, lse_log2):
+    """to where and in the base that the options say; ragged: `request` is its first query token"""
     v = lse_log2 if config.options.lse_log2 else lse_log2 * LN2
-    if config.options.lse_by_token:
-        gLse[batch * s_q + token, head] = v
+    if config.ragged:
+        gLse[request + token, head] = v
+    elif config.options.lse_by_token:
+        gLse[request * s_q + token, head] = v
     else:
-        gLse[batch, head, token] = v
+        gLse[request, head, token] = v
 
 
 @cute.jit

@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass, fields
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Constexpr, Int32, const_expr
 
 from .ptx import lane_value, uniform
+from .rows import RowTile
 
-RECORD = 8  # int32 per record: the fields of WorkItem, then BEGIN and COUNT in a part's record, zeros in an item's
-BEGIN, COUNT = 5, 6
-MERGE = 4  # int32 per request to merge: request, first slot, number of pieces (0: no tokens), 0
+RECORD = 8  # int32 of an item: the fields of WorkItem; those of ragged queries are 0 where all requests have as many
+PART = 16  # int32 of a part: the record of its first item, then
+BEGIN, COUNT = 8, 9  # where its items begin, and how many they are
+TOKEN, NUM_QUERIES = 5, 6  # fields of ragged queries
+MERGE = 4  # int32 of a request to merge: request (ragged: TOKEN), first slot, pieces (0: no tokens), 0 (ragged: NUM_QUERIES)
+MERGE_WARPS = 8  # that may share a row; a batch-invariant schedule allows 1, for the order of a sum depends on it
 
 
 @dataclass(frozen=True)
@@ -19,23 +24,59 @@ class WorkItem:
     end: Int32
     slot: Int32  # where the partial result goes, or -1: the item is the whole request, its result is final
     seqlen: Int32
+    token: Int32  # ragged: the request's first query token in q
+    num_queries: Int32
 
     @classmethod
-    def read(cls, sRecord):
-        return cls(*(uniform(sRecord[i]) for i in range(len(fields(cls)))))
+    def read(cls, sRecord, ragged):
+        return cls(*(uniform(sRecord[i]) if ragged or i < TOKEN else Int32(0) for i in range(len(fields(cls)))))
 
 
 @dataclass(frozen=True)
 class Work:
-    """The items of this CTA.  A part's record is that of its first item, where its items begin, and how many they are: one load
-    at the kernel's start, where every dependent load is 0.4 us of batch 1's 12."""
+    """The items of this CTA: those of its part, without the requests that have too few queries for a row in its row tile.
 
-    records: cute.Tensor  # gmem, (item, RECORD)
-    head: Int32  # per lane: field lane % RECORD of the first item's record
-    count: Int32
+    The record of a part begins with that of its first item: one load at the kernel's start, where every dependent load is
+    0.4 us of batch 1's 12."""
+
+    records: cute.Tensor  # gmem, (item of the part, RECORD)
+    head: Int32  # per lane: field lane % PART of the part's record
+    total: Int32  # items of the part
+    count: Int32  # of this CTA
+    rows: RowTile
+    ragged: Constexpr[bool]
 
     @classmethod
-    def of(cls, mItems, mParts, part):
-        head = mParts[part, cute.arch.lane_idx() % RECORD]
-        begin, count = uniform(lane_value(head, BEGIN)), uniform(lane_value(head, COUNT))
-        return cls(cute.domain_offset((begin, 0), mItems), head, count)
+    def of(cls, mItems, mParts, part, rows, ragged):
+        head = mParts[part, cute.arch.lane_idx() % PART]
+        begin, total = uniform(lane_value(head, BEGIN)), uniform(lane_value(head, COUNT))
+        records = cute.domain_offset((begin, 0), mItems)
+        count = cls._count(records, total, rows.token_of(0)) if ragged else total
+        return cls(records, head, total, count, rows, ragged)
+
+    @staticmethod
+    @cute.jit
+    def _count(records: cute.Tensor, total: Int32, first_token: Int32) -> Int32:
+        count = total
+        if first_token > 0:  # (requests without queries have no items)
+            count = Int32(0)
+            for i in cutlass.range(cute.arch.lane_idx(), total, 32, unroll=1):
+                if records[i, NUM_QUERIES] > first_token:
+                    count += 1
+            count = uniform(cute.arch.warp_redux_sync(count, "add"))
+        return count
+
+    @cute.jit
+    def skip(self, it: Int32, record: Int32):
+        """Item `it` of the part, or the first behind it that is this CTA's, and its record.  Those in between cost a load
+        each, in a CTA that has less to do than that of row tile 0."""
+        if const_expr(self.ragged):
+            first = self.rows.token_of(0)
+            while (it < self.total) & (first > 0) & (lane_value(record, NUM_QUERIES) <= first):
+                it += 1
+                record = self.records[cutlass.min(it, self.total - 1), cute.arch.lane_idx() % RECORD]
+        return it, record
+
+    def query_index(self, batch, record):
+        """what the TMA loads of q are told"""
+        return lane_value(record, TOKEN) * self.rows.token_step if self.ragged else batch

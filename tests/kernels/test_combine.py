@@ -11,6 +11,7 @@ from cutlass.cute.runtime import make_fake_stream
 from flashmla_cute import compile
 from flashmla_cute.kernels import combine, dense_decode
 from flashmla_cute.kernels.config import FORMATS, MLAConfig
+from flashmla_cute.kernels.parts.work import MERGE_WARPS
 from flashmla_cute.testing import TOLERANCE
 
 from ..problems import bits
@@ -59,7 +60,10 @@ class Pieces:
         for slot in (slot for mine in slots.values() for slot in mine):
             o[slot] = torch.randn(s_q, h_q, 512, generator=generator, device="cuda")
             lse[slot] = torch.randn(s_q, h_q, generator=generator, device="cuda") * 4
-        rows = [[len(pieces), 0, 0, 0], *([request, min(mine, default=0), len(mine), 0] for request, mine in slots.items())]
+        rows = [
+            [len(pieces), MERGE_WARPS, 0, 0],
+            *([request, min(mine, default=0), len(mine), 0] for request, mine in slots.items()),
+        ]
         return cls(o, lse, torch.tensor(rows, dtype=torch.int32, device="cuda"), slots)
 
     def wanted(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:

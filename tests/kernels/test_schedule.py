@@ -1,6 +1,7 @@
 """The schedule kernel against its Python twin, record by record."""
 
 import random
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,7 @@ import torch
 
 from flashmla_cute import DecodePlan, PagedKVCache
 from flashmla_cute.kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
-from flashmla_cute.kernels.parts.work import BEGIN, COUNT
-from flashmla_cute.kernels.schedule import FIXED_SHARE
+from flashmla_cute.kernels.parts.work import BEGIN, COUNT, MERGE_WARPS, RECORD
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
 pytestmark = pytest.mark.gpu
@@ -53,19 +53,20 @@ def read(plan: DecodePlan) -> Schedule:
     parts, merges = plan.parts.tolist(), plan.merges.tolist()
     part_begin = [*(part[BEGIN] for part in parts), parts[-1][BEGIN] + parts[-1][COUNT]]
     records = plan.items[: part_begin[-1]].tolist()
-    assert all(record[5:] == [0, 0, 0] for record in records)
+    assert all(record[len(fields(Item)) :] == [0] for record in records)
     for part in parts:  # its items, and a copy of the first
-        assert part[:BEGIN] == records[part[BEGIN]][:BEGIN] if part[COUNT] else part[COUNT] == 0
+        assert part[:RECORD] == records[part[BEGIN]] if part[COUNT] else part[COUNT] == 0
     assert [part[COUNT] for part in parts] == [end - begin for begin, end in pairwise(part_begin)]
-    items = tuple(Item(*record[:5]) for record in records)
-    assert merges[0][1:] == [FIXED_SHARE if plan.config.max_pieces else 0, -77, -77]
-    listed = tuple(Merge(*row[:3]) for row in merges[1 : 1 + merges[0][0]])
+    items = tuple(Item(*record[: len(fields(Item))]) for record in records)
+    assert merges[0][1:] == [1 if plan.config.max_pieces else MERGE_WARPS, -77, -77]
+    listed = tuple(Merge(*row) for row in merges[1 : 1 + merges[0][0]])
     return Schedule(items, tuple(part_begin), listed, sum(part[COUNT] > 0 for part in parts))
 
 
 def assert_equals_twin(plan: DecodePlan, lengths: list[int]):
     found = read(plan)
-    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, plan.capacity // TILE)
+    begins = None if plan.cu_seqlens_q is None else plan.cu_seqlens_q.tolist()
+    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, plan.capacity // TILE, begins)
     for name in ("part_begin", "merges", "items"):
         some, others = getattr(found, name), getattr(wanted, name)
         differ = next((i for i, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))

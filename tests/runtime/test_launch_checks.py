@@ -11,7 +11,7 @@ import torch
 
 from flashmla_cute import compile, ops
 from flashmla_cute.kernels.config import MLAConfig
-from flashmla_cute.kernels.parts.work import MERGE, RECORD
+from flashmla_cute.kernels.parts.work import MERGE, PART, RECORD
 
 CUDA = 2  # kDLCUDA
 B, S, H = 2, 3, 16
@@ -54,7 +54,7 @@ def good() -> dict:
         pool=empty(4, 64, 1, 576),
         block_table=empty(B, 5, dtype=torch.int32),
         items=empty(B + 4, RECORD, dtype=torch.int32),
-        parts=empty(4, RECORD, dtype=torch.int32),
+        parts=empty(4, PART, dtype=torch.int32),
         merges=empty(1 + B, MERGE, dtype=torch.int32),
         out=empty(B, S, H, 512),
         lse=empty(B, H, S, dtype=torch.float32),

@@ -3,10 +3,12 @@
 What they compute comes from the arguments alone, in float64: the schedule's records, pages, strides and the mask all count.
 """
 
+from dataclasses import astuple, fields
+
 import torch
 
 from flashmla_cute import checks, compile, ops, plan
-from flashmla_cute.kernels.parts.work import BEGIN, COUNT
+from flashmla_cute.kernels.parts.work import BEGIN, COUNT, RECORD
 from flashmla_cute.reference import emulate_decode
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
@@ -15,7 +17,12 @@ NUM_SMS = 6  # of the card that there is not: few, so that small batches are spl
 
 def get(op: type, config):
     """instead of compile.get"""
-    make = {ops.DecodeOp: _decode, ops.ScheduleOp: _schedule, ops.AppendOp: _append}[op]
+    make = {
+        ops.DecodeOp: _decode,
+        ops.ScheduleOp: _schedule,
+        ops.RaggedScheduleOp: _ragged_schedule,
+        ops.AppendOp: _append,
+    }[op]
     return make(config)
 
 
@@ -27,28 +34,34 @@ def install(monkeypatch):
 
 
 def _schedule(config):
-    def launch(cache_seqlens, items, parts, merges, row_tiles, max_tiles):
-        made = build_schedule(cache_seqlens.tolist(), row_tiles, parts.shape[0], config, max_tiles)
+    ragged = _ragged_schedule(config)
+    return lambda cache_seqlens, *others: ragged(cache_seqlens, None, *others)
+
+
+def _ragged_schedule(config):
+    def launch(cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles, max_tiles):
+        begins = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+        made = build_schedule(cache_seqlens.tolist(), row_tiles, parts.shape[0], config, max_tiles, begins)
         for tensor in (items, parts, merges):
             tensor.zero_()
         for i, item in enumerate(made.items):
-            items[i, :5] = torch.tensor([item.batch, item.first, item.end, item.slot, item.seqlen])
+            items[i, : len(fields(Item))] = torch.tensor(astuple(item))
         for p, begin in enumerate(made.part_begin[:-1]):
             count = made.part_begin[p + 1] - begin
             if count:
-                parts[p] = items[begin]
+                parts[p, :RECORD] = items[begin]
             parts[p, BEGIN], parts[p, COUNT] = begin, count
         merges[0, 0] = len(made.merges)
         for i, merge in enumerate(made.merges):
-            merges[1 + i, :3] = torch.tensor([merge.batch, merge.first_slot, merge.pieces])
+            merges[1 + i] = torch.tensor(astuple(merge))
 
     return launch
 
 
 def read_schedule(items: torch.Tensor, parts: torch.Tensor, merges: torch.Tensor) -> Schedule:
     begins = [*parts[:, BEGIN].tolist(), int(parts[-1, BEGIN] + parts[-1, COUNT])]
-    listed = tuple(Item(*record[:5]) for record in items[: begins[-1]].tolist())
-    merged = tuple(Merge(*row[:3]) for row in merges[1 : 1 + int(merges[0, 0])].tolist())
+    listed = tuple(Item(*record[: len(fields(Item))]) for record in items[: begins[-1]].tolist())
+    merged = tuple(Merge(*row) for row in merges[1 : 1 + int(merges[0, 0])].tolist())
     return Schedule(listed, tuple(begins), merged, int((parts[:, COUNT] > 0).sum()))
 
 
