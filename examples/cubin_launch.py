@@ -265,7 +265,7 @@ def arrays_of(problem: Problem, num_parts: int, split_itemsize: int) -> dict[str
 
 def decode_values(description: dict, arrays: dict[str, Array], encode=tensor_map) -> dict:
     """the decode kernel's parameters by name"""
-    values = {"h_kv": arrays["cache"].shape[2], "scale_log2": SCALE * np.log2(np.e)}
+    values = {"h_kv": arrays["cache"].shape[2], "scale_log2": SCALE * np.log2(np.e), "cap_factor": 0.0}
     for name, described in description["tensor_maps"].items():
         values[name] = encode(described, arrays)
         values[name.replace(".atom", ".tensor")] = coordinate_extents(described, arrays)
@@ -291,7 +291,11 @@ def decode(folder: Path, problem: Problem, num_sms: int) -> tuple[np.ndarray, np
     stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
     call(driver.cuCtxSynchronize)  # (the fills ran on the default stream)
 
-    sizes = {"row_tiles": row_tiles, "max_tiles": problem.block_table.shape[1]}
+    sizes = {
+        "row_tiles": row_tiles,
+        "max_tokens": problem.block_table.shape[1] * PAGE,
+        "reach": problem.block_table.shape[1] * PAGE,
+    }
     build.launch(stream, (1, 1, 1), arguments(build.description, arrays) | sizes)
     attention.launch(stream, (row_tiles, num_parts, 1), decode_values(attention.description, arrays))
     units = len(LENGTHS) * HEADS * LATENT * split_itemsize // (32 * 16)  # 32 vectors of 16 bytes each

@@ -9,6 +9,7 @@ def decode_config(
     num_queries: int,
     num_heads: int,
     num_kv_heads: int,
+    *,
     mergeable: bool,
     causal: bool,
     split: str,

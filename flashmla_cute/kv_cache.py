@@ -9,6 +9,10 @@ from .checks import need
 from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP, MLAConfig
 
 
+class Identity:
+    """what a plan remembers of a cache: equal to itself alone, and without memory of the GPU"""
+
+
 class PagedKVCache:
     """A pool of latent pages and the block table and lengths that say whose they are.  Holds references, never copies.
 
@@ -48,7 +52,7 @@ class PagedKVCache:
         checks.on_device("block_table", block_table, pool.device, "pool")
         checks.on_device("cache_seqlens", cache_seqlens, pool.device, "pool")
         self.pool, self.block_table, self.cache_seqlens, self.format = pool, block_table, cache_seqlens, kv
-        self.identity = object()  # what a plan remembers of this cache; holds no memory of the GPU
+        self.identity = Identity()
         self._free: list[int] | None = None  # page ids; only a cache that allocated its pool hands out pages
         self._lengths: list[int] = []
         self._pages: list[list[int]] = []

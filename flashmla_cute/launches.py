@@ -290,43 +290,51 @@ def tensor_maps(config) -> dict[str, dict]:
     of the op's arguments; a box has as many elements along each axis as one instruction moves.  Axes of which it takes one
     element come last, in the order in which the kernel gives coordinates.  tests/runtime/test_export.py holds the boxes to
     those that the host code encodes."""
-    block, blocks = dense_decode.BLOCK, config.latent_blocks
-    tail = dense_decode.Q_BLOCKS * block
-    return {
-        "q.atom": _tensor_map(config, "q", 0, _query_axes(config, blocks)),
-        "q_tail.atom": _tensor_map(config, "q", tail, _query_axes(config, 2)),
+    kv, blocks, last = config.kv, config.latent_blocks, config.kv.latent - dense_decode.BLOCK
+    maps = {
+        "q.atom": _tensor_map(config, "q", 0, _query_axes(config, "q", blocks)),
+        "q_last.atom": _tensor_map(config, "q", last, _query_axes(config, "q", 1)),
         "latent.atom": _tensor_map(config, "cache", 0, _cache_axes(config, blocks)),
-        "rope.atom": _tensor_map(config, "cache", config.kv.latent, _cache_axes(config, 1)),
     }
+    if kv.rope:
+        q_rope, first = ("q_rope", 0) if config.q_pair else ("q", kv.latent)
+        maps["q_rope.atom"] = _tensor_map(config, q_rope, first, _query_axes(config, q_rope, 1), kv.rope)
+        maps["rope.atom"] = _tensor_map(config, "cache", kv.latent, _cache_axes(config, 1), kv.rope)
+    return {name: maps[name] for name in ("q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom") if name in maps}
 
 
 def _axis(extent, stride, box: int = 1) -> dict:
     return {"extent": extent, "stride": stride, "box": box}
 
 
-def _query_axes(config, blocks: int) -> list[dict]:
+def _query_axes(config, q: str, blocks: int) -> list[dict]:
     heads, tokens = config.row_modes
+    requests = 0 if config.ragged else 1  # axes before the query tokens
+    shape, stride = (lambda i: f"{q}.shape[{i}]"), (lambda i: f"{q}.stride[{i}]")
+    head, token = requests + 1, requests
     if config.head_tile == 0:
-        rows = [_axis("q.shape[1] * q.shape[2]", "q.stride[2]", heads)]
+        rows = [_axis(f"{shape(token)} * {shape(head)}", stride(head), heads)]
     else:
-        rows = [_axis("q.shape[2]", "q.stride[2]", heads), _axis("q.shape[1]", "q.stride[1]", tokens)]
-    return [*rows, _axis(blocks, dense_decode.BLOCK, blocks), _axis("q.shape[0]", "q.stride[0]")]
+        rows = [_axis(shape(head), stride(head), heads), _axis(shape(token), stride(token), tokens)]
+    columns = [_axis(blocks, dense_decode.BLOCK, blocks)] if blocks > 1 else []
+    return [*rows, *columns, *([_axis(shape(0), stride(0))] if requests else [])]
 
 
 def _cache_axes(config, blocks: int) -> list[dict]:
     outer = [_axis("cache.shape[2]", "cache.stride[2]"), _axis("cache.shape[0]", "cache.stride[0]")]
     columns = [_axis(blocks, dense_decode.BLOCK, blocks)] if blocks > 1 else []
-    return [_axis(config.page, "cache.stride[1]", config.page), *columns, *outer]
+    return [_axis(config.page, "cache.stride[1]", config.box_tokens), *columns, *outer]
 
 
-def _tensor_map(config, argument: str, first_column: int, axes: list[dict]) -> dict:
+def _tensor_map(config, argument: str, first_column: int, axes: list[dict], columns: int = dense_decode.BLOCK) -> dict:
+    """columns: of the innermost axis; a box has a whole block of them, those that are not there arrive as zeros"""
     block = dense_decode.BLOCK
     moved, single = [axis for axis in axes if axis["box"] > 1], [axis for axis in axes if axis["box"] == 1]
     return {
         "argument": argument,
         "first_column": first_column,
         "element_type": config.kv.dtype,
-        "axes": [_axis(block, 1, block), *moved, *single],
+        "axes": [_axis(columns, 1, block), *moved, *single],
         "swizzle": "128B",
         "interleave": "none",
         "out_of_bounds": "zeros",

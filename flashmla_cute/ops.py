@@ -60,11 +60,11 @@ class ScheduleOp:
         self.config = config
 
     @cute.jit
-    def __call__(self, cache_seqlens, items, parts, merges, row_tiles: Int32, max_tiles: Int32, stream):
-        schedule.BuildSchedule(self.config)(cache_seqlens, items, parts, merges, row_tiles, max_tiles, stream)
+    def __call__(self, cache_seqlens, items, parts, merges, row_tiles: Int32, max_tokens: Int32, reach: Int32, stream):
+        schedule.BuildSchedule(self.config)(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, stream)
 
     def fake_args(self):
-        return (*schedule.fake_args(self.config), Int32(1), Int32(1), _stream())
+        return (*schedule.fake_args(self.config), Int32(1), Int32(1), Int32(1), _stream())
 
 
 class RaggedScheduleOp:
@@ -76,13 +76,15 @@ class RaggedScheduleOp:
         self.config = config
 
     @cute.jit
-    def __call__(self, cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles: Int32, max_tiles: Int32, stream):
+    def __call__(
+        self, cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles: Int32, max_tokens: Int32, reach: Int32, stream
+    ):
         build = schedule.BuildSchedule(self.config)
-        build(cache_seqlens, items, parts, merges, row_tiles, max_tiles, stream, cu_seqlens_q)
+        build(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, stream, cu_seqlens_q)
 
     def fake_args(self):
         cache_seqlens, *outputs = schedule.fake_args(self.config)
-        return (cache_seqlens, schedule.fake_cu_seqlens_q(), *outputs, Int32(1), Int32(1), _stream())
+        return (cache_seqlens, schedule.fake_cu_seqlens_q(), *outputs, Int32(1), Int32(1), Int32(1), _stream())
 
 
 class AppendOp:

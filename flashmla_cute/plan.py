@@ -100,6 +100,7 @@ class DecodePlan:
             self.lse_shape = (self.batch, num_heads, num_queries)
             if options.lse_by_token:
                 self.lse_shape = (self.batch * num_queries, num_heads)
+        self.reach = options.window + num_queries - 1 if options.window else self.capacity
         self.softmax_scale = cache.format.head_dim**-0.5  # unless the caller of mla_decode has another
         self.launches: dict[tuple, Callable] = {}  # by what mla_decode was called with: checked once, then remembered
         self.num_sms = num_sms(self.device.index)
@@ -121,7 +122,7 @@ class DecodePlan:
     def update(self) -> None:
         """Plans for the lengths as they are now, on torch's current stream.  A length beyond the block table is cut to it."""
         lengths = (self.cache_seqlens,) if self.cu_seqlens_q is None else (self.cache_seqlens, self.cu_seqlens_q)
-        arguments = (*lengths, self.items, self.parts, self.merges, self.row_tiles, -(-self.capacity // TILE))
+        arguments = (*lengths, self.items, self.parts, self.merges, self.row_tiles, self.capacity, self.reach)
         if checks.tracing():
             traced = torch.ops.flashmla_cute.schedule if self.cu_seqlens_q is None else torch.ops.flashmla_cute.ragged_schedule
             traced(*arguments, self.constants)

@@ -38,6 +38,11 @@ def softmax_times(s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch
     return o, lse.permute(0, 2, 1).flatten(0, 1)
 
 
+def sink_share(lse: torch.Tensor, sink: torch.Tensor | None):
+    """what a logit without a value leaves of each row's softmax; lse [h_q, s_q], sink [h_q] -> [s_q, h_q, 1]"""
+    return 1.0 if sink is None else torch.sigmoid(lse - sink.double()[:, None]).nan_to_num(0.0).T[..., None]
+
+
 def reference_decode(
     q: torch.Tensor,
     pool: torch.Tensor,
@@ -46,6 +51,7 @@ def reference_decode(
     softmax_scale: float,
     causal: bool,
     latent: int,
+    *,
     options: DecodeOptions = PLAIN,
     sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,9 +61,7 @@ def reference_decode(
     for i, length in enumerate(lengths):
         k = gather(pool, block_table[i], length)
         o, lse = softmax_times(scores(q[i], k, softmax_scale, causal, options), k[..., :latent])
-        if sink is not None:
-            o = o * torch.sigmoid(lse - sink.double()[:, None]).nan_to_num(0.0).T[..., None]
-        outs.append(o)
+        outs.append(o * sink_share(lse, sink))
         lses.append(lse)
     return torch.stack(outs), torch.stack(lses)
 
@@ -70,6 +74,9 @@ def emulate_decode(
     softmax_scale: float,
     causal: bool,
     latent: int,
+    *,
+    options: DecodeOptions = PLAIN,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The split and the merge as the device does them, item by item of `schedule`, in float64, on any device: shows that the
     schedule covers every tile once and that splitting changes nothing but rounding."""
@@ -88,11 +95,11 @@ def emulate_decode(
     for item in schedule.items:
         k = gather(pool, block_table[item.batch], item.seqlen)
         mine = q[item.token : item.token + item.num_queries] if ragged else q[item.batch]
-        s = scores(mine, k, softmax_scale, causal)
+        s = scores(mine, k, softmax_scale, causal, options)
         span = slice(item.first * TILE, min(item.end * TILE, item.seqlen))
         o, l = softmax_times(s[..., span], k[span, :, :latent])
         if item.slot < 0:
-            write(item.token if ragged else item.batch, item.num_queries, o, l)
+            write(item.token if ragged else item.batch, item.num_queries, o * sink_share(l, sink), l)
         else:
             pieces[item.slot] = o, l
     for merge in schedule.merges:
@@ -103,6 +110,7 @@ def emulate_decode(
         o, l = torch.stack([o for o, _ in mine]), torch.stack([l for _, l in mine])
         total = torch.logsumexp(l, 0)
         weight = torch.exp(l - torch.where(total.isinf(), torch.zeros_like(total), total))
-        write(merge.batch, merge.num_queries, (weight.transpose(1, 2)[..., None] * o).sum(0), total)
+        o = (weight.transpose(1, 2)[..., None] * o).sum(0)
+        write(merge.batch, merge.num_queries, o * sink_share(total, sink), total)
     assert not pieces, f"partial results that nothing merges: slots {sorted(pieces)}"
     return out, lse

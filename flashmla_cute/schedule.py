@@ -14,6 +14,9 @@ from .kernels.config import MAX_ROW_TILES, TILE, ScheduleConfig
 NUM_CANDIDATES = 32
 
 
+NO_LIMIT = 1 << 30  # tokens
+
+
 @dataclass(frozen=True)
 class Item:
     """A span of KV tiles of one request.  `slot`: where its partial result goes; -1: it is the whole request."""
@@ -136,24 +139,29 @@ def build_schedule(
     row_tiles: int,
     max_parts: int,
     config: ScheduleConfig = ScheduleConfig(),
-    max_tiles: int = 1 << 30,
+    max_tokens: int = NO_LIMIT,
+    reach: int = NO_LIMIT,
     cu_seqlens_q: Sequence[int] | None = None,
 ) -> Schedule:
-    """lengths: tokens of each request; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share one's work."""
+    """lengths: tokens of each request, cut to max_tokens; row_tiles: 64-row tiles of a request; max_parts: CTAs that may share
+    one's work; reach: tokens at a request's end that any of its query tokens sees."""
     if cu_seqlens_q is not None:
-        return _ragged(lengths, row_tiles, max_parts, config, max_tiles, cu_seqlens_q)
-    tiles = [min((max(n, 0) + TILE - 1) // TILE, max_tiles) for n in lengths]
-    seqlens = [min(n, max_tiles * TILE) for n in lengths]
+        return _ragged(lengths, row_tiles, max_parts, config, max_tokens, reach, cu_seqlens_q)
+    seqlens = [min(max(n, 0), max_tokens) for n in lengths]
+    unseen = [max(n - reach, 0) // TILE for n in seqlens]  # tiles
+    tiles = [-(-n // TILE) - first for n, first in zip(seqlens, unseen)]
     pieces = [num_pieces(n, row_tiles, config) for n in tiles]
     prefix = [0, *accumulate(n + config.item_tiles * k for n, k in zip(tiles, pieces))]
     make = _of_fixed_pieces if config.max_pieces else _of_cuts
-    return make(tiles, seqlens, prefix, [0, *accumulate(pieces)], row_tiles, max_parts, config)
+    made = make(tiles, seqlens, prefix, [0, *accumulate(pieces)], row_tiles, max_parts, config)
+    shifted = (replace(item, first=item.first + unseen[item.batch], end=item.end + unseen[item.batch]) for item in made.items)
+    return replace(made, items=tuple(shifted))
 
 
-def _ragged(lengths, row_tiles, max_parts, config, max_tiles, cu_seqlens_q) -> Schedule:
+def _ragged(lengths, row_tiles, max_parts, config, max_tokens, reach, cu_seqlens_q) -> Schedule:
     """the schedule of those that have query tokens, with where these are"""
     counts = [end - begin for begin, end in pairwise(cu_seqlens_q)]
-    plain = build_schedule([n * (k > 0) for n, k in zip(lengths, counts)], row_tiles, max_parts, config, max_tiles)
+    plain = build_schedule([n * (k > 0) for n, k in zip(lengths, counts)], row_tiles, max_parts, config, max_tokens, reach)
     items = (replace(item, token=cu_seqlens_q[item.batch], num_queries=counts[item.batch]) for item in plain.items)
     merges = (replace(merge, batch=cu_seqlens_q[merge.batch], num_queries=counts[merge.batch]) for merge in plain.merges)
     return replace(plain, items=tuple(items), merges=tuple(merges))

@@ -117,8 +117,8 @@ class Problem:
                 case.softmax_scale,
                 case.causal,
                 case.latent,
-                case.options,
-                self.sink,
+                options=case.options,
+                sink=self.sink,
             )
             worst = worst.worse_of(_compare(out[i], lse[i], ref_out[0], ref_lse[0], f"request {i}"))
         return worst

@@ -16,10 +16,10 @@ SCHEMAS = {
     "decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
     "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
     "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
-    "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tiles, "
-    "int[] config) -> ()",
+    "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tokens, "
+    "int reach, int[] config) -> ()",
     "ragged_schedule": "(Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, "
-    "int row_tiles, int max_tiles, int[] config) -> ()",
+    "int row_tiles, int max_tokens, int reach, int[] config) -> ()",
     "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, int num_latent) -> ()",
 }
 

@@ -37,7 +37,8 @@ class Args:
     parts: cute.Tensor  # out, (part, PART): the part's first item, where its items begin, and how many they are
     merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and how many warps a row may get
     row_tiles: Int32
-    max_tiles: Int32  # longer lengths are cut to what the block table can name
+    max_tokens: Int32  # longer lengths are cut to what the block table can name
+    reach: Int32  # tokens at a request's end that any of its query tokens sees: few with a sliding window
     cu_seqlens_q: cute.Tensor | None  # (request + 1,) ragged: where each request's query tokens begin
 
 
@@ -66,11 +67,12 @@ class BuildSchedule:
         parts: cute.Tensor,
         merges: cute.Tensor,
         row_tiles: Int32,
-        max_tiles: Int32,
+        max_tokens: Int32,
+        reach: Int32,
         stream,
         cu_seqlens_q: cute.Tensor | None = None,
     ):
-        args = Args(cache_seqlens, items, parts, merges, row_tiles, max_tiles, cu_seqlens_q)
+        args = Args(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, cu_seqlens_q)
         self.kernel(args).launch(
             grid=[1, 1, 1],
             block=[self.config.num_threads, 1, 1],
@@ -142,11 +144,18 @@ class BuildSchedule:
     def _num_tiles(self, args: Args, request: Int32):
         length = Int32(0)
         if request < args.cache_seqlens.shape[0]:
-            length = args.cache_seqlens[request]
+            length = self._length(args, request)
             if const_expr(args.cu_seqlens_q is not None):
                 if self._queries(args, request)[1] <= 0:
                     length = Int32(0)
-        return cutlass.min((cutlass.max(length, 0) + TILE - 1) // TILE, args.max_tiles)
+        return (length + TILE - 1) // TILE - self._first_tile(args, length)
+
+    def _length(self, args: Args, request: Int32):
+        return cutlass.min(cutlass.max(args.cache_seqlens[request], 0), args.max_tokens)
+
+    def _first_tile(self, args: Args, length: Int32):
+        """of those that are seen; the tiles of a request count from here in all but the items"""
+        return cutlass.max(length - args.reach, 0) // TILE
 
     def _queries(self, args: Args, request: Int32):
         """ragged: first query token, number"""
@@ -307,9 +316,10 @@ class BuildSchedule:
     @cute.jit
     def _write(self, args: Args, item: Int32, record):
         request, first, end, slot = record
-        length = cutlass.min(args.cache_seqlens[request], args.max_tiles * TILE)
+        length = self._length(args, request)
+        unseen = self._first_tile(args, length)
         queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
-        for i, value in enumerate((request, first, end, slot, length, *queries, Int32(0))):
+        for i, value in enumerate((request, first + unseen, end + unseen, slot, length, *queries, Int32(0))):
             args.items[item, i] = value
 
     @cute.jit
@@ -348,7 +358,7 @@ class BuildSchedule:
 
 
 def fake_args(config: ScheduleConfig):
-    """symbolic arguments of `BuildSchedule.__call__` before row_tiles, max_tiles and the stream"""
+    """symbolic arguments of `BuildSchedule.__call__` before row_tiles, max_tokens, reach and the stream"""
     from cutlass.cute.runtime import make_fake_tensor
 
     b = cute.sym_int()

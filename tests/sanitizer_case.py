@@ -45,7 +45,7 @@ def schedule():
     pool, table = torch.empty(1, 64, 1, 576).bfloat16().cuda(), torch.zeros(len(lengths), 20, dtype=torch.int32, device="cuda")
     seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     plan = DecodePlan(PagedKVCache.from_tensors(pool, table, seqlens), 64)
-    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, 20)
+    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, 20 * 64)
     assert tuple(plan.parts[:, BEGIN].tolist()) == wanted.part_begin[:-1]
     assert plan.merges[0, 0].item() == len(wanted.merges)
 

@@ -178,9 +178,10 @@ Result decode(const Problem& problem, int num_sms) {
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   TVMFFIEnvSetStream(kDLCUDA, 0, stream, nullptr);  // the objects launch on this thread's stream of their tensors' device
   Function::InvokeExternC(nullptr, flashmla_cute_schedule, lengths.view(), items.view(), parts.view(), merges.view(), row_tiles,
-                          problem.max_tiles);
+                          problem.max_tiles * kPage, problem.max_tiles * kPage);
   Function::InvokeExternC(nullptr, flashmla_cute_decode, q.view(), cache.view(), block_table.view(), items.view(), parts.view(),
-                          merges.view(), out.view(), lse.view(), o_split.view(), lse_split.view(), kScale, num_sms);
+                          merges.view(), out.view(), lse.view(), o_split.view(), lse_split.view(), kScale, num_sms,
+                          nullptr, nullptr);  // no q of two parts, no sinks
   check(cudaStreamSynchronize(stream), "the kernels");
   TVMFFIEnvSetStream(kDLCUDA, 0, nullptr, nullptr);
   check(cudaStreamDestroy(stream), "cudaStreamDestroy");

@@ -66,7 +66,7 @@ def read(plan: DecodePlan) -> Schedule:
 def assert_equals_twin(plan: DecodePlan, lengths: list[int]):
     found = read(plan)
     begins = None if plan.cu_seqlens_q is None else plan.cu_seqlens_q.tolist()
-    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, plan.capacity // TILE, begins)
+    wanted = build_schedule(lengths, plan.row_tiles, plan.max_parts, plan.config, plan.capacity, plan.reach, begins)
     for name in ("part_begin", "merges", "items"):
         some, others = getattr(found, name), getattr(wanted, name)
         differ = next((i for i, (a, b) in enumerate(zip(some, others)) if a != b), min(len(some), len(others)))

@@ -37,12 +37,12 @@ def test_warp_arrivals():
 
 
 def test_barrier_table():
-    """A phase of a barrier completes by whole roles, or by one arrival that expects TMA's bytes; in the debug configuration by
-    all lanes of their warps, and by the lanes of the requesting warp beside the one that expects the bytes."""
+    """A phase of a barrier completes by whole roles, or by an arrival for each load that expects TMA's bytes; in the debug
+    configuration by all lanes of their warps, and by those of the requesting warp beside the one that expects the bytes."""
     elected, lanes = (Barriers.table(MLAConfig(lane_arrivals=each)) for each in (False, True))
     assert list(elected) == list(lanes) == [field.name for field in fields(Barriers)]
     for name, (number, arrivals) in elected.items():
-        assert arrivals in (1, SCORE_WARPS, VALUE_WARPS), name
-        assert lanes[name] == (number, 32 + 1 if arrivals == 1 else 32 * arrivals), name
-        assert number == (MLAConfig().stages if name.startswith("slot_") else 1), name
+        assert arrivals in (1, 2, SCORE_WARPS, VALUE_WARPS), name
+        assert lanes[name] == (number, (32 + 1) * arrivals if arrivals <= 2 else 32 * arrivals), name
+        assert number == (MLAConfig().ring_slots if name.startswith("slot_") else 1), name
     assert Barriers.total(MLAConfig()) == sum(number for number, _ in elected.values())

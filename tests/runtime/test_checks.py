@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmla_cute import DecodePlan, PagedKVCache, checks, compile, decode, mla_decode, plan
-from flashmla_cute.kernels.config import FORMATS, KVFormat, MLAConfig, ScheduleConfig
+from flashmla_cute.kernels.config import FORMATS, DecodeOptions, KVFormat, MLAConfig, ScheduleConfig
 
 
 def rejects(error, name, given, allowed):
@@ -47,15 +47,15 @@ CACHE_ERRORS = {
     "table meta": (TypeError, (pool(), table().to("meta"), lengths()), "block_table", "without memory", "a real CUDA tensor"),
     "pool grad": (TypeError, (pool().requires_grad_(), table(), lengths()), "pool", "requires grad", "pool.detach()"),
     "pool dtype": (ValueError, (pool(dtype=torch.float32), table(), lengths()), "pool.dtype", "float32", "bfloat16"),
-    "pool axes": (ValueError, (pool(4, 64), table(), lengths()), "pool.shape", "(4, 64)", "(any, 64, any, 576)"),
+    "pool axes": (ValueError, (pool(4, 64), table(), lengths()), "pool.shape", "(4, 64)", "(any, any, any, any)"),
     "pool page": (
         ValueError,
-        (pool(4, 32, 1, 576), table(), lengths()),
-        "pool.shape",
-        "(4, 32, 1, 576)",
-        "(any, 64, any, 576)",
+        (pool(4, 20, 1, 576), table(), lengths()),
+        "pool.shape[1]",
+        "20",
+        "a multiple of 8 tokens up to 1024",
     ),
-    "pool dims": (ValueError, (pool(4, 64, 1, 512), table(), lengths()), "pool.shape", "(4, 64, 1, 512)", "latent + rope"),
+    "pool dims": (ValueError, (pool(4, 64, 1, 520), table(), lengths()), "pool.shape", "(4, 64, 1, 520)", "512 + 64"),
     "pool empty": (ValueError, (pool(0, 64, 1, 576), table(), lengths()), "pool.shape", "(0, 64, 1, 576)", "at least one page"),
     "pool no head": (ValueError, (pool(4, 64, 0, 576), table(), lengths()), "pool.shape", "(4, 64, 0, 576)", "one kv head"),
     "pool columns": (ValueError, (pool(4, 64, 1, 1152)[..., ::2], table(), lengths()), "pool.stride(-1)", "2", "1"),
@@ -129,9 +129,15 @@ def test_allocate_rejects(change, name, given, allowed):
     [
         (dict(head_tile=3), ("head_tile", "3", "0 or a power of 2 up to 64")),
         (dict(head_tile=128), ("head_tile", "128", "0 or a power of 2 up to 64")),
-        (dict(page=32), ("page", "32", "64")),
+        (dict(page=20), ("page", "20", "multiples of 8 up to 1024")),
+        (dict(page=2048), ("page", "2048", "multiples of 8 up to 1024")),
         (dict(split="bfloat16"), ("split", "bfloat16", "float32, float16")),
-        (dict(kv=KVFormat("bfloat16", latent=256)), ("kv", "latent=256", "bfloat16, float16")),
+        (dict(kv=KVFormat("float32")), ("kv.dtype", "float32", "bfloat16, float16")),
+        (dict(kv=KVFormat("bfloat16", latent=384)), ("kv", "latent=384", "(512, 64), (512, 0)")),
+        (dict(kv=KVFormat("bfloat16", 512, 0), q_pair=True), ("q_pair", "True", "no rope columns")),
+        (dict(options=DecodeOptions(window=-1)), ("options.window", "-1", "a number of tokens")),
+        (dict(options=DecodeOptions(softcap=-1.0)), ("options.softcap", "-1.0", "a positive number")),
+        (dict(options=DecodeOptions(out="float16")), ("options.out", "float16", "float32")),
     ],
     ids=str,
 )
@@ -354,7 +360,7 @@ def test_a_like_call_is_launched_with_its_own_tensors(problem, monkeypatch):
         out, lse = mla_decode(q, problem["cache"], problem["plan"], causal=causal, softmax_scale=0.5 + causal)
         calls.append((causal, q, out, lse))
     for (causal, q, out, lse), (config, arguments) in zip(calls, seen, strict=True):
-        assert config.causal == causal and arguments[-2:] == (0.5 + causal, 132)
+        assert config.causal == causal and arguments[-4:] == (0.5 + causal, 132, None, None)
         assert arguments[0] is q and arguments[6] is out and arguments[7] is lse
     assert len({id(arguments[6]) for _, arguments in seen}) == 4, "an output was given out twice"
 

@@ -136,7 +136,7 @@ REFUSED = {
     "no lengths": (dict(cache_seqlens=None), "cache_seqlens is a NoneType; allowed: a torch.Tensor"),
     "q axes": (dict(q=zeros(3, 16, 576, dtype=torch.bfloat16)), "q.shape is (3, 16, 576)"),
     "q dtype": (dict(q=zeros(3, 1, 16, 576, dtype=torch.float16)), "q.dtype is torch.float16"),
-    "page": (dict(k_cache=zeros(4, 32, 1, 576, dtype=torch.bfloat16)), "pool.shape is (4, 32, 1, 576)"),
+    "page": (dict(k_cache=zeros(4, 20, 1, 576, dtype=torch.bfloat16)), "pool.shape[1] is 20"),
 }
 
 

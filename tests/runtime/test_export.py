@@ -140,7 +140,7 @@ def test_the_shared_library_loads_and_has_its_symbol(exported):
         pytest.skip("there is no C compiler")
     path = exported / entry["files"]["library"]["name"]
     run = subprocess.run([sys.executable, "-c", LOAD, str(path), entry["symbol"]], capture_output=True, text=True)
-    assert "Expects 12 parameters" in run.stdout, run.stderr
+    assert "Expects 14 parameters" in run.stdout, run.stderr
 
 
 def test_without_a_c_compiler_there_is_no_library(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_tensor_maps_have_the_boxes_that_the_host_code_encodes(head_tile):
     op = ops.DecodeOp(MLAConfig(head_tile=head_tile))
     boxes = encoded_boxes(str(compile.compile_object(op).ir_module))
     described = [[axis["box"] for axis in one["axes"]] for one in launches.tensor_maps(op.config).values()]
-    assert len(boxes) == len(described) == 4
+    assert len(boxes) == len(described) == 5
     assert boxes == [box + [1] * (5 - len(box)) for box in described]
 
 

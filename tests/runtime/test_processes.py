@@ -50,8 +50,6 @@ def refuse(name):
         sys.exit(f"the import called {name}")
     return called
 
-for name in ("_cuda_getDeviceCount", "_cuda_init"):  # (a torch without CUDA lacks them)
-    setattr(torch._C, name, getattr(torch._C, name, None))
 for module, names in (
     (torch.cuda, ("_lazy_init", "init", "current_device", "get_device_properties")),
     (torch._C, ("_cuda_getDeviceCount", "_cuda_init")),
@@ -59,6 +57,8 @@ for module, names in (
     (runtime, ("cudaGetDevice", "cudaGetDeviceCount", "cudaSetDevice", "cudaFree")),
 ):
     for name in names:
+        if module is torch._C and not hasattr(module, name):
+            continue  # (a torch without CUDA)
         assert hasattr(module, name), name
         setattr(module, name, refuse(f"{module.__name__}.{name}"))
 import flashmla_cute, flashmla_cute.compat, flashmla_cute.cli, flashmla_cute.ops, flashmla_cute.testing

@@ -6,7 +6,7 @@ import pytest
 
 from flashmla_cute import schedule
 from flashmla_cute.kernels.config import TILE, ScheduleConfig
-from flashmla_cute.schedule import Item, Merge, build_schedule
+from flashmla_cute.schedule import NO_LIMIT, Item, Merge, build_schedule
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -26,13 +26,19 @@ every_config = st.one_of(cost_models, fixed_pieces)
 
 @st.composite
 def problems(draw, configs=every_config):
-    """(lengths, row_tiles, max_parts, config, max_tiles)"""
-    max_tiles = draw(st.sampled_from([1, 7, 300, 1 << 30]))
-    return draw(lengths_of), draw(st.integers(1, 8)), draw(st.integers(1, 140)), draw(configs), max_tiles
+    """(lengths, row_tiles, max_parts, config, max_tokens, reach)"""
+    max_tokens, reach = draw(st.sampled_from([64, 450, 19_200, NO_LIMIT])), draw(st.sampled_from([NO_LIMIT, 1, 100, 1000]))
+    return draw(lengths_of), draw(st.integers(1, 8)), draw(st.integers(1, 140)), draw(configs), max_tokens, reach
 
 
-def tiles_of(lengths, max_tiles):
-    return [min(-(-length // TILE), max_tiles) for length in lengths]
+def spans_of(lengths, max_tokens, reach):
+    """(first, end) of the tiles that are seen"""
+    cut = [min(length, max_tokens) for length in lengths]
+    return [(max(length - reach, 0) // TILE, -(-length // TILE)) for length in cut]
+
+
+def tiles_of(lengths, max_tokens, reach):
+    return [end - first for first, end in spans_of(lengths, max_tokens, reach)]
 
 
 def prefix_of(tiles, item_tiles):
@@ -48,17 +54,17 @@ def part_cost(items, item_tiles):
 
 @hypothesis.given(problems())
 def test_every_tile_once_and_in_order(problem):
-    lengths, _, _, _, max_tiles = problem
+    lengths, _, _, _, max_tokens, reach = problem
     items = build_schedule(*problem).items
     tiles = [(item.batch, tile) for item in items for tile in range(item.first, item.end)]
-    assert tiles == [(i, tile) for i, n in enumerate(tiles_of(lengths, max_tiles)) for tile in range(n)]
+    assert tiles == [(i, tile) for i, span in enumerate(spans_of(lengths, max_tokens, reach)) for tile in range(*span)]
     assert all(item.first < item.end for item in items)
-    assert all(item.seqlen == min(lengths[item.batch], max_tiles * TILE) for item in items)
+    assert all(item.seqlen == min(lengths[item.batch], max_tokens) for item in items)
 
 
 @hypothesis.given(problems())
 def test_parts_are_consecutive_items(problem):
-    _, _, max_parts, _, _ = problem
+    _, _, max_parts, _, _, _ = problem
     plan = build_schedule(*problem)
     assert len(plan.part_begin) == max_parts + 1
     assert plan.part_begin[0] == 0 and plan.part_begin[-1] == len(plan.items)
@@ -68,11 +74,11 @@ def test_parts_are_consecutive_items(problem):
 
 @hypothesis.given(problems())
 def test_pieces_have_slots_of_their_own_and_are_merged(problem):
-    lengths, row_tiles, max_parts, config, max_tiles = problem
+    lengths, row_tiles, max_parts, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
     slots = [item.slot for item in plan.items if item.slot >= 0]
     assert len(set(slots)) == len(slots)
-    sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tiles)), config
+    sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tokens, reach)), config
     assert all(0 <= slot < schedule.num_slots(*sizes) for slot in slots)
     assert len(plan.items) <= schedule.num_items(*sizes)
     pieces = {i: [item for item in plan.items if item.batch == i] for i in range(len(lengths))}
@@ -96,9 +102,9 @@ def test_load_balance(problem):
     """Cuts lie ceil(total / parts) apart at most.  Moving to a request's edge takes one at most snap - 1 on, or
     snap - 1 + item_tiles back (over the edge's own item), and a part that begins inside a request pays for one item more:
     so no part is longer than the mean, rounded up, + item_tiles + 2 (snap - 1)."""
-    lengths, _, _, config, max_tiles = problem
+    lengths, _, _, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
-    total = prefix_of(tiles_of(lengths, max_tiles), config.item_tiles)[-1]
+    total = prefix_of(tiles_of(lengths, max_tokens, reach), config.item_tiles)[-1]
     snap = max(min(total // plan.num_parts // 8, config.item_tiles), 1)
     longest = max(part_cost(plan.part(p), config.item_tiles) for p in range(plan.num_parts))
     assert longest <= -(-total // plan.num_parts) + config.item_tiles + 2 * (snap - 1)
@@ -107,9 +113,9 @@ def test_load_balance(problem):
 @hypothesis.given(problems(cost_models))
 def test_chooses_the_cheapest_candidate(problem):
     """its cost, counted on the items it lists, is that of no other number of parts beaten"""
-    lengths, row_tiles, max_parts, config, max_tiles = problem
+    lengths, row_tiles, max_parts, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
-    prefix = prefix_of(tiles_of(lengths, max_tiles), config.item_tiles)
+    prefix = prefix_of(tiles_of(lengths, max_tokens, reach), config.item_tiles)
 
     def cost_of(parts):
         cuts = [schedule.cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)]
@@ -159,7 +165,7 @@ def test_requests_without_tokens_have_no_items_and_one_empty_merge():
 
 
 def test_a_length_beyond_the_table_is_cut_to_it():
-    plan = build_schedule([1000, 70], row_tiles=1, max_parts=1, config=CONFIG, max_tiles=3)
+    plan = build_schedule([1000, 70], row_tiles=1, max_parts=1, config=CONFIG, max_tokens=192)
     assert plan.items == (Item(0, 0, 3, -1, 192), Item(1, 0, 2, -1, 70))
 
 
@@ -177,21 +183,21 @@ def pieces_of(plan, request):
 
 @hypothesis.given(problems(fixed_pieces), st.data())
 def test_a_request_is_cut_by_its_length_alone(problem, data):
-    lengths, row_tiles, _, config, max_tiles = problem
+    lengths, row_tiles, _, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
     for i, length in enumerate(lengths):
         others = data.draw(lengths_of)
         at = data.draw(st.integers(0, len(others)))
         batch = [*others[:at], length, *others[at:]]
-        other = build_schedule(batch, row_tiles, data.draw(st.integers(1, 140)), config, max_tiles)
+        other = build_schedule(batch, row_tiles, data.draw(st.integers(1, 140)), config, max_tokens, reach)
         assert pieces_of(plan, i) == pieces_of(other, at)
 
 
 @hypothesis.given(problems(fixed_pieces))
 def test_fixed_pieces_are_even_and_as_many_as_documented(problem):
-    lengths, row_tiles, _, config, max_tiles = problem
+    lengths, row_tiles, _, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
-    for i, n in enumerate(tiles_of(lengths, max_tiles)):
+    for i, n in enumerate(tiles_of(lengths, max_tokens, reach)):
         sizes = [end - first for first, end, _ in pieces_of(plan, i)]
         assert not n or max(sizes) - min(sizes) <= 1
         allowed = [k for k in range(1, min(n, config.max_pieces) + 1) if k * k * 32 * row_tiles <= config.piece_gain * n]

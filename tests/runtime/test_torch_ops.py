@@ -5,6 +5,7 @@ CPU as well; with one it is the real thing, under inductor.
 """
 
 import contextlib
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def operands(problem: Problem) -> tuple:
     given = (problem.q, cache.pool, cache.block_table, plan.items, plan.parts, plan.merges)
     for tensor in (problem.out, problem.lse, plan.o_split, plan.lse_split):
         tensor.zero_()  # (opcheck compares them)
-    return (*given, problem.out, problem.lse, plan.o_split, plan.lse_split, plan.softmax_scale, plan.num_sms, True)
+    given += (problem.out, problem.lse, plan.o_split, plan.lse_split, plan.softmax_scale, plan.num_sms)
+    return (*given, None, None, True, *astuple(plan.options))
 
 
 # ---------------------------------------------------------------------- operators
@@ -68,7 +70,7 @@ def test_opcheck_schedule(device):
     plan = make(device).plan()
     for tensor in (plan.items, plan.parts, plan.merges):
         tensor.zero_()
-    arguments = (plan.cache_seqlens, plan.items, plan.parts, plan.merges, plan.row_tiles, 12, plan.constants)
+    arguments = (plan.cache_seqlens, plan.items, plan.parts, plan.merges, plan.row_tiles, 768, 768, plan.constants)
     torch.library.opcheck(torch.ops.flashmla_cute.schedule.default, arguments, test_utils=CHECKS)
 
 
@@ -76,7 +78,7 @@ def test_opcheck_append(device):
     pool = torch.zeros(4, 64, 1, 576, dtype=torch.bfloat16, device=device)
     latent, rope = torch.randn(5, 1, 576, device=device).bfloat16().split((512, 64), -1)
     slots = torch.tensor([3, 255, -1, 64, 1000], device=device)
-    torch.library.opcheck(torch.ops.flashmla_cute.append.default, (latent, rope, slots, pool), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flashmla_cute.append.default, (latent, rope, slots, pool, 512), test_utils=CHECKS)
 
 
 def test_schemas_name_what_is_written():
@@ -106,7 +108,7 @@ def test_an_operator_refuses_other_devices():
     problem = Problem.make(Case((70,), h_q=16), "cpu")
     tensor = torch.zeros(1, 8, dtype=torch.int32)
     with pytest.raises(NotImplementedError, match=r"flashmla_cute::schedule.*CPU"):
-        torch.ops.flashmla_cute.schedule(problem.cache.cache_seqlens, tensor, tensor, tensor, 1, 1, [3, 24, 16384, 1024])
+        torch.ops.flashmla_cute.schedule(problem.cache.cache_seqlens, tensor, tensor, tensor, 1, 64, 64, [3, 24, 16384, 1024])
 
 
 # ---------------------------------------------------------------------- torch.compile

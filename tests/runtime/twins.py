@@ -3,6 +3,7 @@
 What they compute comes from the arguments alone, in float64: the schedule's records, pages, strides and the mask all count.
 """
 
+import math
 from dataclasses import astuple, fields
 
 import torch
@@ -39,9 +40,9 @@ def _schedule(config):
 
 
 def _ragged_schedule(config):
-    def launch(cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles, max_tiles):
+    def launch(cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles, max_tokens, reach):
         begins = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
-        made = build_schedule(cache_seqlens.tolist(), row_tiles, parts.shape[0], config, max_tiles, begins)
+        made = build_schedule(cache_seqlens.tolist(), row_tiles, parts.shape[0], config, max_tokens, reach, begins)
         for tensor in (items, parts, merges):
             tensor.zero_()
         for i, item in enumerate(made.items):
@@ -67,21 +68,27 @@ def read_schedule(items: torch.Tensor, parts: torch.Tensor, merges: torch.Tensor
 
 def _decode(config):
     def launch(q, pool, block_table, items, parts, merges, *outputs):
-        out, lse, o_split, lse_split, softmax_scale, _ = outputs
-        made = read_schedule(items, parts, merges)
-        results = emulate_decode(q, pool, block_table, made, softmax_scale, config.causal, config.kv.latent)
-        out.copy_(results[0])
-        lse.copy_(results[1])
+        out, lse, o_split, lse_split, softmax_scale, _, q_rope, sink = outputs
+        made, options, latent = read_schedule(items, parts, merges), config.options, config.kv.latent
+        q = q if q_rope is None else torch.cat([q, q_rope], -1)
+        assert (q_rope is not None, sink is not None) == (config.q_pair, config.sink)
+        given = dict(options=options, sink=sink)
+        result_o, result_lse = emulate_decode(q, pool, block_table, made, softmax_scale, config.causal, latent, **given)
+        if options.lse_by_token and result_lse.dim() == 3:
+            result_lse = result_lse.transpose(1, 2).flatten(0, 1)
+        out.copy_(result_o)
+        lse.copy_(result_lse / math.log(2) if options.lse_log2 else result_lse)
         o_split.zero_()  # (written on the GPU too, with what nobody may rely on)
         lse_split.zero_()
 
     return launch
 
 
-def _append(_config):
+def _append(config):
     def launch(latent, rope, slots, pool):
         for token, slot in enumerate(slots.tolist()):
             if 0 <= slot < pool.shape[0] * pool.shape[1]:
-                pool[slot // pool.shape[1], slot % pool.shape[1]] = torch.cat([latent[token], rope[token]], -1)
+                columns = torch.cat([latent[token], rope[token]], -1) if config.kv.rope else latent[token]
+                pool[slot // pool.shape[1], slot % pool.shape[1]] = columns
 
     return launch
