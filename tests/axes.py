@@ -2,7 +2,8 @@
 
 An axis is a line of AXES: a name, and how its value is drawn from a source, given the values above it.  A source has `choice`
 and `randint`: random.Random is one, Hypothesis's draw behind the same two names (test_properties.py) another.  A name that is a
-field of testing.Case or an argument of DecodePlan goes there by itself; MEMORY says what the others do.
+field of testing.Case or an argument of DecodePlan goes there by itself; MEMORY says what the others do.  COMPILED are those
+that choose a kernel: a run of the fuzzer has a limited number of values of them together, for each is a compile.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from flashmla_cute import DecodePlan
 from flashmla_cute.testing import Case, Errors, Problem
 
 from .problems import POOL_STRIDES, Q_STRIDES, same_bits, with_pool
+from .ragged import RaggedProblem, with_q
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 2048  # query tokens x heads of a request
@@ -38,6 +40,13 @@ def draw_lengths(source, drawn) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def draw_counts(source, drawn) -> tuple[int, ...] | None:
+    """query tokens of each request, at most s_q; None: s_q each"""
+    if not drawn["ragged"]:
+        return None
+    return tuple(source.choice((0, 1, drawn["s_q"], source.randint(0, drawn["s_q"]))) for _ in drawn["lengths"])
+
+
 # name -> how it is drawn; later ones may use `drawn`, the values of those above
 AXES: dict[str, Callable] = {
     "tokens": lambda source, drawn: source.choice((200, 1000, 1000, 5000, 5000, 30_000)),
@@ -52,14 +61,18 @@ AXES: dict[str, Callable] = {
     "partials": lambda source, drawn: source.choice((torch.float16, torch.float16, torch.float16, torch.float32)),
     "batch_invariant": lambda source, drawn: source.choice((False, False, True)),
     "q_strides": lambda source, drawn: source.choice(("contiguous", *Q_STRIDES)),
+    "ragged": lambda source, drawn: source.choice((False, False, True)),
+    "counts": draw_counts,
     "pool_strides": lambda source, drawn: source.choice(("contiguous", "contiguous", *POOL_STRIDES)),
 }
 
 # name -> (problem, value) -> the same problem otherwise laid out
 MEMORY: dict[str, Callable[[Problem, str], Problem]] = {
-    "q_strides": lambda problem, how: replace(problem, q=Q_STRIDES[how][0](problem.q)),
+    "counts": lambda problem, counts: RaggedProblem.make(problem, counts) if counts else problem,
+    "q_strides": lambda problem, how: with_q(problem, Q_STRIDES[how][0]),
     "pool_strides": lambda problem, how: with_pool(problem, POOL_STRIDES.get(how, lambda pool: pool)(problem.cache.pool)),
 }
+COMPILED = {"h_kv", "h_q", "s_q", "causal", "dtype", "partials", "batch_invariant", "q_strides", "ragged"}
 CASE = {field.name for field in fields(Case)}
 PLAN = set(inspect.signature(DecodePlan).parameters)
 
@@ -79,9 +92,10 @@ class Drawn:
         return cls(values)
 
     @classmethod
-    def of_seed(cls, seed: int, index: int) -> "Drawn":
-        """problem `index` of a run"""
-        return cls.draw(random.Random(f"{seed} {index}"))
+    def of_seed(cls, seed: int, index: int, kernels: int, **fixed) -> "Drawn":
+        """problem `index` of a run with `kernels` values of what is COMPILED"""
+        compiled = cls.draw(random.Random(f"{seed} kernel {index % kernels}")).values
+        return cls.draw(random.Random(f"{seed} {index}"), **{name: compiled[name] for name in COMPILED}, **fixed)
 
     def __str__(self):
         return f"Drawn({self.values}).run()"
@@ -98,7 +112,7 @@ class Drawn:
     def plan_options(self) -> dict:
         return {name: value for name, value in self.values.items() if name in PLAN and name not in CASE}
 
-    def problem(self, device: str = "cuda") -> Problem:
+    def problem(self, device: str = "cuda") -> Problem | RaggedProblem:
         problem = Problem.make(self.case, device)
         for name, move in MEMORY.items():
             problem = move(problem, self.values[name])
@@ -106,26 +120,38 @@ class Drawn:
 
     def run(self, device: str = "cuda") -> Errors:
         """our kernel against float64; a batch-invariant plan also against the bits of one request alone"""
-        problem, case = self.problem(device), self.case
-        plan = self._plan(problem)
-        out, lse = problem.run(plan)
+        problem = self.problem(device)
+        out, lse = problem.run(self._plan(problem))
         errors = problem.errors(out, lse)
         if self.values["batch_invariant"]:
-            i = case.seed % len(case.lengths)
-            one = self._one_request(problem, i)
-            if not same_bits(one.run(self._plan(one)), (out[i : i + 1], lse[i : i + 1])):
+            i = self.case.seed % len(self.case.lengths)
+            one, rows = self._one_request(problem, i)
+            if not same_bits(one.run(self._plan(one)), (out[rows], lse[rows])):
                 return errors.worse_of(Errors(0.0, 0.0, f"request {i} alone has other bits"))
         return errors
 
-    def _plan(self, problem: Problem) -> DecodePlan:
-        plan = DecodePlan(problem.cache, problem.case.h_q, problem.case.s_q, **self.plan_options)
+    def launch(self, device: str = "cuda"):
+        """compares nothing"""
+        problem = self.problem(device)
+        problem.run(self._plan(problem))
+
+    def _plan(self, problem: Problem | RaggedProblem) -> DecodePlan:
+        case, options = problem.case, self.plan_options
+        if isinstance(problem, RaggedProblem):
+            return problem.plan(case.s_q, **options)
+        plan = DecodePlan(problem.cache, case.h_q, case.s_q, **options)
         plan.o_split.fill_(float("nan"))
         plan.lse_split.fill_(float("nan"))
         return plan
 
-    def _one_request(self, problem: Problem, i: int) -> Problem:
+    def _one_request(self, problem: Problem | RaggedProblem, i: int) -> tuple[Problem | RaggedProblem, slice]:
+        """request i alone, and its rows in out and lse of all"""
         cache, one = problem.cache, slice(i, i + 1)
+        rows = problem.rows(i) if isinstance(problem, RaggedProblem) else one
         alone = type(cache).from_tensors(cache.pool, cache.block_table[one], cache.cache_seqlens[one])
-        case = replace(problem.case, lengths=problem.case.lengths[one])
-        out, lse = (torch.full_like(tensor[one], float("nan")) for tensor in (problem.out, problem.lse))
-        return Problem(case, problem.q[one], alone, out, lse)
+        out, lse = (torch.full_like(tensor[rows], float("nan")) for tensor in (problem.out, problem.lse))
+        moved = replace(problem, q=problem.q[rows], cache=alone, out=out, lse=lse)
+        if isinstance(problem, RaggedProblem):
+            begins = torch.tensor([0, problem.counts[i]], dtype=torch.int32, device=out.device)
+            return replace(moved, counts=problem.counts[one], cu_seqlens_q=begins), rows
+        return replace(moved, case=replace(problem.case, lengths=problem.case.lengths[one])), rows

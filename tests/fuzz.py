@@ -2,6 +2,7 @@
 
 python -m tests.fuzz --cases 10000                      a new seed; result in perf/results
 python -m tests.fuzz --cases 10000 --seed 7 --workers 8
+python -m tests.fuzz --seed 7 --compile                 only compiles what that run needs, without a GPU
 
 Several processes share the GPU: most problems are small, and the host is what takes time.  A problem that fails is named in the
 result as the line that runs it again, after `from tests.axes import *`.  One that ends a process, or takes too long, is a
@@ -9,6 +10,7 @@ failure too, and another process goes on behind it.  Exit code 1: something fail
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import queue
 import secrets
@@ -16,7 +18,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
+from flashmla_cute import checks, compile, plan, workers
 from flashmla_cute.testing import TOLERANCE, Errors
 from perf import card, report
 
@@ -24,6 +28,7 @@ from .axes import AXES, Drawn
 
 RESULTS = Path(__file__).parent.parent / "perf" / "results"
 HANG_S = 120  # of a problem, its compile included
+SMS = 132  # of the card, where there is none to ask
 TELL_S = 10  # between two lines of progress
 MAX_NAMED = 20  # failures that the result names
 CONTEXT = multiprocessing.get_context("spawn")  # (CUDA does not survive a fork)
@@ -54,14 +59,39 @@ class Tally:
             self.lse = max(self.lse, errors.lse)
 
 
+# ---------------------------------------------------------------------- kernels
+def needed_kernels(seed: int, kernels: int) -> list[tuple[type, object]]:
+    """(op, config) of all that a run launches: what its first problems ask for, on the CPU and without being launched"""
+    found = {}
+
+    def collect(op_class, config):
+        found[op_class, config] = None
+        return lambda *_: None
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(checks, "is_hopper", lambda name, tensor: None))
+        patches.enter_context(mock.patch.object(plan, "num_sms", lambda index: SMS))
+        patches.enter_context(mock.patch.object(compile, "get", collect))
+        for index in range(kernels):
+            Drawn.of_seed(seed, index, kernels, tokens=64).launch("cpu")
+    return list(found)
+
+
+def compile_kernels(seed: int, kernels: int):
+    """into the disk cache, in parallel"""
+    missing = [pair for pair in needed_kernels(seed, kernels) if not compile.is_cached(*pair)]
+    if missing:
+        workers.run(compile._fill_cache, missing, f"compiling {len(missing)} kernels for {compile.ARCH}")
+
+
 # ---------------------------------------------------------------------- one process
-def _work(seed: int, indices: range, results):
+def _work(seed: int, kernels: int, indices: range, results):
     """sends (index, errors or None, reason) for each problem; ends at the first that leaves the GPU unusable"""
     import torch
 
     for index in indices:
         try:
-            results.put((index, Drawn.of_seed(seed, index).run(), ""))
+            results.put((index, Drawn.of_seed(seed, index, kernels).run(), ""))
         except Exception as error:
             results.put((index, None, f"{type(error).__name__}: {error}".split("\n")[0]))
             try:
@@ -75,13 +105,13 @@ def _work(seed: int, indices: range, results):
 class Worker:
     """a process that works through `indices`, and is replaced by another when it dies"""
 
-    def __init__(self, seed: int, indices: range):
-        self.seed, self.todo = seed, indices
+    def __init__(self, seed: int, kernels: int, indices: range):
+        self.seed, self.kernels, self.todo = seed, kernels, indices
         self._start()
 
     def _start(self):
         self.results = CONTEXT.Queue()
-        self.process = CONTEXT.Process(target=_work, args=(self.seed, self.todo, self.results), daemon=True)
+        self.process = CONTEXT.Process(target=_work, args=(self.seed, self.kernels, self.todo, self.results), daemon=True)
         self.process.start()
         self.heard = time.monotonic()
 
@@ -97,21 +127,24 @@ class Worker:
                     self._replace(tally, f"no result after {HANG_S} s" if slow else f"exit code {self.process.exitcode}")
                 return
             self.heard, self.todo = time.monotonic(), range(index + self.todo.step, self.todo.stop, self.todo.step)
-            tally.add(Drawn.of_seed(self.seed, index), errors, reason)
+            tally.add(self._drawn(index), errors, reason)
+
+    def _drawn(self, index: int) -> Drawn:
+        return Drawn.of_seed(self.seed, index, self.kernels)
 
     def _replace(self, tally: Tally, reason: str):
         self.process.kill()
         self.process.join()
-        tally.add(Drawn.of_seed(self.seed, self.todo[0]), None, reason)
+        tally.add(self._drawn(self.todo[0]), None, reason)
         self.todo = self.todo[1:]
         if self.todo:
             self._start()
 
 
 # ---------------------------------------------------------------------- the run
-def run(cases: int, seed: int, workers: int) -> Tally:
+def run(cases: int, seed: int, kernels: int, num_workers: int) -> Tally:
     tally = Tally()
-    crew = [Worker(seed, range(first, cases, workers)) for first in range(min(workers, cases))]
+    crew = [Worker(seed, kernels, range(first, cases, num_workers)) for first in range(min(num_workers, cases))]
     told = time.monotonic()
     while any(worker.todo for worker in crew):
         for worker in crew:
@@ -129,16 +162,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, help="of all problems; default: a new one, which is stored")
+    parser.add_argument("--kernels", type=int, default=100, help="values of what is compiled; default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="only compile them")
     parser.add_argument("--workers", type=int, default=6, help="processes that share the GPU; default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result; default: perf/results")
     options = parser.parse_args(argv)
+    seed = secrets.randbits(31) if options.seed is None else options.seed
+    if options.compile:
+        compile_kernels(seed, options.kernels)
+        return 0
     reason = card.why_unusable()
     if reason:
         print(f"tests.fuzz: {reason}", file=sys.stderr)
         return 2
+    compile_kernels(seed, options.kernels)
     identity, began = card.identity(), time.monotonic()
-    seed = secrets.randbits(31) if options.seed is None else options.seed
-    tally = run(options.cases, seed, options.workers)
+    tally = run(options.cases, seed, options.kernels, options.workers)
     result = {
         **identity,
         "cases": tally.cases,
@@ -149,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         "tolerance_of": {str(dtype).removeprefix("torch."): rel for dtype, (rel, _) in TOLERANCE.items()},
         "worst_lse_err": tally.lse,
         "axes": list(AXES),
+        "kernels": options.kernels,
         "seconds": round(time.monotonic() - began, 1),
         "failed": tally.failed,
     }

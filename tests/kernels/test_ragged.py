@@ -11,7 +11,7 @@ from flashmla_cute.kernels.config import BATCH_INVARIANT, ScheduleConfig
 from flashmla_cute.testing import Case, Problem
 
 from ..problems import Q_STRIDES, clone, num_split, same_bits
-from ..ragged import RaggedProblem
+from ..ragged import RaggedProblem, with_q
 from .test_schedule import assert_equals_twin, poison
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("decode_kernels")]
@@ -23,7 +23,7 @@ COUNTS = (1, 3, 2, 0, 4, 1, 7, 0, 2, 1)
 
 def make(counts, lengths=LENGTHS, layout="contiguous", **case) -> RaggedProblem:
     problem = Problem.make(Case(lengths, s_q=max(1, *counts), **case))
-    return RaggedProblem.make(problem, counts, Q_STRIDES[layout][0])
+    return with_q(RaggedProblem.make(problem, counts), Q_STRIDES[layout][0])
 
 
 def drawn_counts(batch: int, most: int, seed: int) -> tuple[int, ...]:
@@ -70,9 +70,10 @@ def test_float32_partials(record):
 
 @pytest.mark.parametrize("h_q, h_kv, s_q", [(128, 1, 2), (16, 1, 1), (16, 2, 3)])
 def test_equal_counts_give_the_bits_of_the_uniform_kernel(h_q, h_kv, s_q):
-    ragged = make((s_q,) * len(LENGTHS), h_q=h_q, h_kv=h_kv)
+    problem = Problem.make(Case(LENGTHS, h_q, h_kv, s_q))
+    ragged = RaggedProblem.make(problem, (s_q,) * len(LENGTHS))
     ragged.run()
-    out, lse = ragged.problem.run()
+    out, lse = problem.run()
     rows = ragged.out[: len(LENGTHS) * s_q].view(out.shape), ragged.lse[: len(LENGTHS) * s_q].view(len(LENGTHS), s_q, h_q)
     assert same_bits((out, lse.transpose(1, 2).contiguous()), rows)
 
@@ -80,7 +81,7 @@ def test_equal_counts_give_the_bits_of_the_uniform_kernel(h_q, h_kv, s_q):
 @pytest.mark.parametrize("h_q, h_kv", [(128, 1), (16, 1), (16, 2)])
 def test_batch_invariance(record, h_q, h_kv):
     ragged = make(COUNTS, h_q=h_q, h_kv=h_kv)
-    most, cache = max(COUNTS), ragged.problem.cache
+    most, cache = max(COUNTS), ragged.cache
     ragged.check(record, ragged.plan(batch_invariant=True))
     for i, count in enumerate(COUNTS):
         alone = PagedKVCache.from_tensors(cache.pool, cache.block_table[i : i + 1], cache.cache_seqlens[i : i + 1])
@@ -104,7 +105,7 @@ def test_no_rows_beyond_q_are_written():
     ragged = make((1, 2, 2), (300, 700, 5000), h_q=16)
     memory = torch.full((16, 16, 512), 7.0, dtype=torch.bfloat16, device="cuda")
     out, lse = memory[:4], torch.full((4, 16), 7.0, device="cuda")
-    mla_decode(ragged.q[:4], ragged.problem.cache, ragged.plan(), out=out, lse=lse)
+    mla_decode(ragged.q[:4], ragged.cache, ragged.plan(), out=out, lse=lse)
     assert (memory[4:] == 7.0).all() and (out != 7.0).any(-1).all()
 
 
@@ -112,7 +113,7 @@ def test_no_tokens_at_all():
     ragged = make((0, 0), (300, 70), h_q=16)
     ragged.run()
     assert ragged.out.isnan().all() and ragged.lse.isnan().all()
-    out, lse = mla_decode(ragged.q[:0], ragged.problem.cache, ragged.plan())
+    out, lse = mla_decode(ragged.q[:0], ragged.cache, ragged.plan())
     assert out.shape == (0, 16, 512) and lse.shape == (0, 16)
     torch.cuda.synchronize()
 
@@ -126,18 +127,18 @@ def test_a_graph_follows_counts_and_lengths(record):
         plan.update()
         first.run(plan)
     for seed, (counts, lengths) in enumerate(steps):
-        fresh = Problem.make(replace(first.problem.case, lengths=LENGTHS, seed=seed))
+        fresh = Problem.make(replace(first.case, lengths=LENGTHS, seed=seed))
         begins = torch.tensor([0, *counts]).cumsum(0).int()
-        cache = first.problem.cache
+        cache = first.cache
         cache.cache_seqlens.copy_(torch.tensor([min(a, b) for a, b in zip(lengths, LENGTHS)], dtype=torch.int32))
         first.cu_seqlens_q.copy_(begins)
         first.q[: sum(counts)] = fresh.q.flatten(0, 1)[: sum(counts)]
         for tensor in (first.out, first.lse):
             tensor.fill_(float("nan"))
         graph.replay()
-        case = replace(first.problem.case, lengths=tuple(cache.cache_seqlens.tolist()))
-        step = replace(first, problem=replace(first.problem, case=case), counts=counts)
-        errors = step.errors()
+        case = replace(first.case, lengths=tuple(cache.cache_seqlens.tolist()))
+        step = replace(first, case=case, counts=counts)
+        errors = step.errors(step.out, step.lse)
         record.add(case, errors)
         assert errors.within(case.dtype), f"{errors}\n{counts}\n{lengths}"
         assert step.out[sum(counts) :].isnan().all()
@@ -165,6 +166,6 @@ def test_remembered_calls_follow_the_number_of_tokens():
     ragged.run(plan)
     wanted = clone((ragged.out, ragged.lse))
     more = torch.cat([ragged.q, ragged.q])
-    out, lse = mla_decode(more, ragged.problem.cache, plan, softmax_scale=ragged.problem.case.softmax_scale)
+    out, lse = mla_decode(more, ragged.cache, plan, softmax_scale=ragged.case.softmax_scale)
     rows = slice(0, sum(COUNTS))
     assert out.shape[0] == more.shape[0] and same_bits((out[rows], lse[rows]), (wanted[0][rows], wanted[1][rows]))

@@ -51,7 +51,7 @@ def test_requests_without_queries_have_no_work(requests, parts):
 
 def test_new_outputs_have_the_shapes_of_q():
     ragged = make(h_q=8)
-    out, lse = mla_decode(ragged.q, ragged.problem.cache, ragged.plan())
+    out, lse = mla_decode(ragged.q, ragged.cache, ragged.plan())
     assert out.shape == (*ragged.q.shape[:2], 512) and lse.shape == ragged.q.shape[:2]
 
 
@@ -79,11 +79,11 @@ def test_a_plan_refuses(what):
     change, error, message = PLAN[what]
     ragged = make(h_q=8)
     with pytest.raises(error, match=message):
-        DecodePlan(ragged.problem.cache, 8, **{**dict(cu_seqlens_q=ragged.cu_seqlens_q, max_seqlen_q=3), **change})
+        DecodePlan(ragged.cache, 8, **{**dict(cu_seqlens_q=ragged.cu_seqlens_q, max_seqlen_q=3), **change})
 
 
 CALL = {
-    "a uniform q": (lambda r: dict(q=r.problem.q), r"q.shape is \(4, 3, 8, 576\)"),
+    "a uniform q": (lambda r: dict(q=r.q[None]), r"q.shape is \(1, 9, 8, 576\)"),
     "other heads": (lambda r: dict(q=r.q[:, :4]), r"q.shape is \(9, 4, 576\); allowed: \(9, 8, 576\)"),
     "out of other tokens": (lambda r: dict(out=r.out[:-1]), r"out.shape is \(8, 8, 512\); allowed: \(9, 8, 512\)"),
     "lse by head": (lambda r: dict(lse=r.lse.T), r"lse.shape is \(8, 9\); allowed: \(9, 8\)"),
@@ -94,7 +94,7 @@ CALL = {
 def test_a_call_refuses(what):
     change, message = CALL[what]
     ragged = make(h_q=8)
-    arguments = dict(q=ragged.q, cache=ragged.problem.cache, plan=ragged.plan(), out=ragged.out, lse=ragged.lse)
+    arguments = dict(q=ragged.q, cache=ragged.cache, plan=ragged.plan(), out=ragged.out, lse=ragged.lse)
     with pytest.raises(ValueError, match=message):
         mla_decode(**{**arguments, **change(ragged)})
     assert ragged.out.isnan().all()
@@ -102,6 +102,6 @@ def test_a_call_refuses(what):
 
 def test_a_ragged_q_needs_a_ragged_plan():
     ragged = make(h_q=8)
-    cache = PagedKVCache.from_tensors(*(getattr(ragged.problem.cache, n) for n in ("pool", "block_table", "cache_seqlens")))
+    cache = PagedKVCache.from_tensors(*(getattr(ragged.cache, n) for n in ("pool", "block_table", "cache_seqlens")))
     with pytest.raises(ValueError, match=r"q.shape is \(9, 8, 576\); allowed: \(4, 1, 8, 576\)"):
         mla_decode(ragged.q, cache, DecodePlan(cache, 8))
