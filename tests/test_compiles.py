@@ -9,11 +9,20 @@ from dataclasses import replace
 import pytest
 
 from flashmla_cute import ops, resources
-from flashmla_cute.kernels.config import FORMATS, LAUNCH_REGISTERS, PRESETS, SMEM_LIMIT, MLAConfig, ScheduleConfig
+from flashmla_cute.kernels.config import (
+    BATCH_INVARIANT,
+    FORMATS,
+    LAUNCH_REGISTERS,
+    PRESETS,
+    SMEM_LIMIT,
+    MLAConfig,
+    ScheduleConfig,
+)
 
-OTHERS = MLAConfig(split="float32"), MLAConfig(lane_arrivals=True)
+RAGGED = MLAConfig(ragged=True), MLAConfig(ragged=True, head_tile=16), MLAConfig(ragged=True, causal=False, head_tile=64)
+OTHERS = MLAConfig(split="float32"), MLAConfig(lane_arrivals=True), *RAGGED
 DECODE = [ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)]
-SCHEDULE = [ops.ScheduleOp(ScheduleConfig())]
+SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for config in (ScheduleConfig(), BATCH_INVARIANT)]
 APPEND = [ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()]
 STARVED = ops.DecodeOp(replace(PRESETS[0], value_registers=152))
 TOO_MANY_STAGES = ops.DecodeOp(replace(PRESETS[0], stages=4))
