@@ -314,7 +314,7 @@ class DenseDecode:
 
     def _query_operand(self, q, column, blocks, width=BLOCK):
         """columns column .. column + 64 * blocks of q as (head, query token, 64, block, request), see parts/rows.py"""
-        if const_expr(self.config.ragged):  # a single request; loads are told where in it another begins
+        if self.config.ragged:  # a single request; loads are told where in it another begins
             q = cute.make_tensor(q.iterator, cute.make_layout((1, *q.shape), stride=(q.stride[0], *q.stride)))
         b, s_q, h_q, _ = q.shape
         stride_b, stride_s, stride_h, _ = q.stride
@@ -529,8 +529,7 @@ class DenseDecode:
                 if exists:
                     v = softmax.lse_log2(r)
                     if item.slot < 0:
-                        request = item.token if const_expr(self.config.ragged) else item.batch
-                        store_lse(self.config, result.lse, request, rows.s_q, token, head, v)
+                        store_lse(self.config, result.lse, item.owner(self.config.ragged), rows.s_q, token, head, v)
                     else:
                         result.lse_split[item.slot, token, head] = v * LN2
 

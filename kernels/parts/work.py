@@ -27,6 +27,10 @@ class WorkItem:
     token: Int32  # ragged: the request's first query token in q
     num_queries: Int32
 
+    def owner(self, ragged):
+        """whose rows in out and lse: the request, or ragged its first query token"""
+        return self.token if ragged else self.batch
+
     @classmethod
     def read(cls, sRecord, ragged):
         return cls(*(uniform(sRecord[i]) if ragged or i < TOKEN else Int32(0) for i in range(len(fields(cls)))))
