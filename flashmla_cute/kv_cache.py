@@ -203,6 +203,12 @@ class PagedKVCache:
         self.block_table[request] = -1
         self.cache_seqlens[request] = 0
 
+    @property
+    def num_free_pages(self) -> int:
+        """pages that `extend` can still take.  Only for a cache made by `allocate`."""
+        self._need_allocator("num_free_pages")
+        return len(self._free)
+
     def _need_allocator(self, verb: str):
         if self._free is None:
             raise ValueError(f"{verb} needs a cache made by PagedKVCache.allocate; this one's pages belong to the caller")

@@ -1,4 +1,4 @@
-"""The examples: they build here, and run until they say that there is no GPU; on a GPU they must agree with their reference."""
+"""The examples: they build or run here, until they say that there is no GPU; on a GPU they must agree with their reference."""
 
 import importlib.util
 import os
@@ -145,7 +145,76 @@ def test_the_script_reads_tensor_maps_as_described(objects, script):
     assert script.coordinate_extents(maps["q_tail.atom"], arrays) == (16, 3)
 
 
+# ---------------------------------------------------------------------- the model, through the reference
+SMALL = ("--rows", 3, "--requests", 7, "--longest", 300, "--new-tokens", 12, "--layers", 2, "--hidden", 128, "--heads", 4)
+
+
+def load_example(name: str):
+    """examples/NAME.py as a module"""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # (dataclasses look their module up)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model_example():
+    pytest.importorskip("transformers", minversion="4.56")
+    yield load_example("deepseek_v3_decode")
+    del sys.modules["deepseek_v3_decode"]
+
+
+def run_model(example, capsys, *options) -> tuple[int, str]:
+    status = example.main(list(map(str, options)))
+    return status, capsys.readouterr().out
+
+
+def test_the_model_says_that_there_is_no_gpu():
+    pytest.importorskip("transformers", minversion="4.56")
+    if why_no_gpu() is None:
+        pytest.skip("there is one")
+    result = run(sys.executable, EXAMPLES / "deepseek_v3_decode.py")
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("no Hopper GPU")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_model_agrees_with_eager(model_example, capsys, seed):
+    status, out = run_model(model_example, capsys, "--attention", "reference", "--seed", seed, *SMALL)
+    assert status == 0 and "agrees with the eager model" in out and " 0 differ" in out, out
+    pages, taken = map(int, re.search(r"pages +(\d+) served requests that took (\d+) in all", out).groups())
+    assert taken > pages, "no page was used again"
+
+
+def _without_mscale(example, monkeypatch):
+    decode = example.Reference.decode
+    monkeypatch.setattr(example.Reference, "decode", lambda self, q, cache, scale: decode(self, q, cache, 192**-0.5))
+
+
+def _with_the_token_itself_hidden(example, monkeypatch):
+    decode = example.Reference.decode
+
+    def one_less(self, q, cache, scale):
+        shorter = example.PagedKVCache.from_tensors(cache.pool, cache.block_table, (cache.cache_seqlens - 1).clamp(min=0))
+        return decode(self, q, shorter, scale)
+
+    monkeypatch.setattr(example.Reference, "decode", one_less)
+
+
+@pytest.mark.parametrize("broken", [_without_mscale, _with_the_token_itself_hidden])
+def test_the_model_would_see_a_mistake(model_example, capsys, monkeypatch, broken):
+    broken(model_example, monkeypatch)
+    status, out = run_model(model_example, capsys, "--attention", "reference", *SMALL)
+    assert status == 1 and "does NOT agree" in out, out
+
+
 # ---------------------------------------------------------------------- on a GPU
+@pytest.mark.gpu
+def test_the_model_agrees_with_eager_on_the_kernels(model_example, capsys):
+    status, out = run_model(model_example, capsys, "--rows", 6, "--requests", 20, "--longest", 2500, "--new-tokens", 40)
+    assert status == 0 and " 0 differ" in out, out
+
+
 @pytest.mark.gpu
 def test_cpp_agrees_with_double_precision(program):
     result = run(program)
