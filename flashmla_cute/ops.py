@@ -51,6 +51,24 @@ class DecodeOp:
         return (*inputs, *result, Float32(1), Int32(1), fake.q_rope, fake.sink, _stream())
 
 
+class MergeOp:
+    """partial results, of other GPUs for one -> a result; the merge of DecodeOp alone"""
+
+    name = "merge"
+
+    def __init__(self, config: MLAConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, o_split, lse_split, merges, out, lse, num_sms: Int32, stream):
+        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, None, num_sms, stream)
+
+    def fake_args(self):
+        result = dense_decode.FakeArgs.of(self.config).result
+        outputs = (combine.fake_merges(), result.o, result.lse)
+        return (result.o_split, result.lse_split, *outputs, Int32(1), _stream())
+
+
 class ScheduleOp:
     """lengths -> spans of work; once a step"""
 

@@ -139,7 +139,8 @@ class MLAConfig:
         need(
             self.head_tile in (0, 1, 2, 4, 8, 16, 32, 64), f"head_tile is {self.head_tile}; allowed: 0 or a power of 2 up to 64"
         )
-        need(self.split in ("float32", "float16"), f"split is {self.split}; allowed: float32, float16")
+        splits = ("float32", "float16", "bfloat16")  # (bfloat16: what GPUs exchange, flashmla_cute/parallel.py)
+        need(self.split in splits, f"split is {self.split}; allowed: {', '.join(splits)}")
         options = self.options
         need(options.window >= 0, f"options.window is {options.window}; allowed: 0 (all tokens) or a number of tokens")
         need(

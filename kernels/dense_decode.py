@@ -608,7 +608,8 @@ class DenseDecode:
             elif const_expr(config.split == "float32"):
                 store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], item_rows)
             else:
-                store_rows(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], item_rows, True)
+                gO = args.result.o_split[item.slot, None, None, None]
+                store_rows(half, rO, inv_sum, gO, item_rows, config.split == "float16")
 
     def _final_o(self, result: Outputs, item: WorkItem):
         """(token, head, column) of the item's request"""

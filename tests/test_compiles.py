@@ -20,9 +20,10 @@ from flashmla_cute.kernels.config import (
 )
 
 RAGGED = MLAConfig(ragged=True), MLAConfig(ragged=True, head_tile=16), MLAConfig(ragged=True, causal=False, head_tile=64)
-OTHERS = MLAConfig(split="float32"), MLAConfig(lane_arrivals=True), *RAGGED
+OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED
 DECODE = [ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)]
 SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for config in (ScheduleConfig(), BATCH_INVARIANT)]
+MERGE = [ops.MergeOp(MLAConfig(kv=kv, causal=False, split=kv.dtype)) for kv in FORMATS.values()]
 APPEND = [ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()]
 STARVED = ops.DecodeOp(replace(PRESETS[0], value_registers=152))
 TOO_MANY_STAGES = ops.DecodeOp(replace(PRESETS[0], stages=4))
@@ -36,13 +37,15 @@ def label(op):
 def gate():
     """op -> what its compile says; every op once, two at a time, each in its own process"""
     with ThreadPoolExecutor(max_workers=2) as pool:
-        started = {op: pool.submit(resources.gate, op) for op in (*DECODE, *SCHEDULE, *APPEND, STARVED, TOO_MANY_STAGES)}
+        started = {
+            op: pool.submit(resources.gate, op) for op in (*DECODE, *SCHEDULE, *MERGE, *APPEND, STARVED, TOO_MANY_STAGES)
+        }
         yield lambda op: started[op].result()
         pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------- budgets
-@pytest.mark.parametrize("op", [*DECODE, *SCHEDULE, *APPEND], ids=label)
+@pytest.mark.parametrize("op", [*DECODE, *SCHEDULE, *MERGE, *APPEND], ids=label)
 def test_fits(gate, op):
     result = gate(op)
     assert result.spill_bytes == 0

@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 
-import cutlass.cute as cute
 import pytest
 import torch
-from cutlass import Int32
-from cutlass.cute.runtime import make_fake_stream
 
 from flashmla_cute import compile
-from flashmla_cute.kernels import combine, dense_decode
 from flashmla_cute.kernels.config import FORMATS, MLAConfig
 from flashmla_cute.kernels.parts.work import MERGE_WARPS
+from flashmla_cute.ops import MergeOp
 from flashmla_cute.testing import TOLERANCE
 
 from ..problems import bits
@@ -19,24 +16,6 @@ from ..problems import bits
 pytestmark = pytest.mark.gpu
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-class CombineOp:
-    """the combine kernel alone"""
-
-    name = "combine_alone"
-
-    def __init__(self, config: MLAConfig):
-        self.config = config
-
-    @cute.jit
-    def __call__(self, o_split, lse_split, merges, out, lse, num_sms: Int32, stream):
-        combine.Combine(self.config)(o_split, lse_split, merges, out, lse, num_sms, stream)
-
-    def fake_args(self):
-        result = dense_decode.fake_args(self.config)[-1]
-        partial, stream = (result.o_split, result.lse_split), make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (*partial, combine.fake_merges(), result.o, result.lse, Int32(1), stream)
 
 
 @dataclass
@@ -86,7 +65,7 @@ def run(pieces: Pieces, batch: int, dtype: torch.dtype, num_sms: int = 132) -> t
     _, s_q, h_q, _ = pieces.o.shape
     out = torch.full((batch, s_q, h_q, 512), float("nan"), dtype=dtype, device="cuda")
     lse = torch.full((batch, h_q, s_q), float("nan"), device="cuda")
-    compile.get(CombineOp, config_of(dtype, pieces))(pieces.o, pieces.lse, pieces.merges, out, lse, num_sms)
+    compile.get(MergeOp, config_of(dtype, pieces))(pieces.o, pieces.lse, pieces.merges, out, lse, num_sms)
     return out, lse
 
 
@@ -102,7 +81,7 @@ def check(pieces: Pieces, batch: int, dtype: torch.dtype, num_sms: int = 132):
         torch.testing.assert_close(lse[request].double(), wanted_lse.T, rtol=0, atol=absolute)  # (-inf equals -inf)
 
 
-@pytest.mark.parametrize("partials", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("partials", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("s_q, h_q", [(1, 1), (1, 16), (2, 128), (3, 5)])
 def test_merges(dtype, partials, s_q, h_q):
@@ -164,6 +143,6 @@ def test_strided_outputs():
     plain = run(pieces, 2, torch.bfloat16)
     memory = torch.full((2, 8, 2, 640), 7.0, dtype=torch.bfloat16, device="cuda")
     out, lse = memory.transpose(1, 2)[..., :512], torch.full((2, 2, 8), float("nan"), device="cuda").transpose(1, 2)
-    compile.get(CombineOp, config_of(torch.bfloat16, pieces))(pieces.o, pieces.lse, pieces.merges, out, lse, 132)
+    compile.get(MergeOp, config_of(torch.bfloat16, pieces))(pieces.o, pieces.lse, pieces.merges, out, lse, 132)
     assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
     assert (memory[..., 512:] == 7).all()

@@ -131,7 +131,7 @@ def test_allocate_rejects(change, name, given, allowed):
         (dict(head_tile=128), ("head_tile", "128", "0 or a power of 2 up to 64")),
         (dict(page=20), ("page", "20", "multiples of 8 up to 1024")),
         (dict(page=2048), ("page", "2048", "multiples of 8 up to 1024")),
-        (dict(split="bfloat16"), ("split", "bfloat16", "float32, float16")),
+        (dict(split="float8"), ("split", "float8", "float32, float16, bfloat16")),
         (dict(kv=KVFormat("float32")), ("kv.dtype", "float32", "bfloat16, float16")),
         (dict(kv=KVFormat("bfloat16", latent=384)), ("kv", "latent=384", "(512, 64), (512, 0)")),
         (dict(kv=KVFormat("bfloat16", 512, 0), q_pair=True), ("q_pair", "True", "no rope columns")),

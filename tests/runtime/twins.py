@@ -23,6 +23,7 @@ def get(op: type, config):
         ops.ScheduleOp: _schedule,
         ops.RaggedScheduleOp: _ragged_schedule,
         ops.AppendOp: _append,
+        ops.MergeOp: _merge,
     }[op]
     return make(config)
 
@@ -80,6 +81,19 @@ def _decode(config):
         lse.copy_(result_lse / math.log(2) if options.lse_log2 else result_lse)
         o_split.zero_()  # (written on the GPU too, with what nobody may rely on)
         lse_split.zero_()
+
+    return launch
+
+
+def _merge(_config):
+    def launch(o_split, lse_split, merges, out, lse, _num_sms):
+        for request, first, pieces, _ in merges[1 : 1 + int(merges[0, 0])].tolist():
+            slots = Merge(request, first, pieces).slots()
+            lses = lse_split[slots].double()
+            total = lses.logsumexp(0)
+            weights = torch.where(total.isinf(), 0.0, (lses - total).exp())
+            out[request] = (weights[..., None] * o_split[slots].double()).sum(0)
+            lse[request] = total.T
 
     return launch
 
