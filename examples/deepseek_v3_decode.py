@@ -35,6 +35,7 @@ except ImportError:
     DeepseekV3Config = None
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
+MLA = dict(kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, qk_nope_head_dim=NOPE, v_head_dim=VALUE)
 YARN = dict(type="yarn", factor=40.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=4096)
 PAGE = 64  # tokens
 SLACK = 1.5  # our error over eager's in the same precision
@@ -50,10 +51,7 @@ def random_model(options: argparse.Namespace, device: str):
         num_attention_heads=options.heads,
         num_key_value_heads=options.heads,
         q_lora_rank=options.hidden // 2,
-        kv_lora_rank=LATENT,
-        qk_rope_head_dim=ROPE,
-        qk_nope_head_dim=NOPE,
-        v_head_dim=VALUE,
+        **MLA,
         max_position_embeddings=163840,
         rope_theta=10000.0,
         rope_scaling=YARN,
@@ -63,7 +61,7 @@ def random_model(options: argparse.Namespace, device: str):
     )
     config._attn_implementation = "eager"
     torch.manual_seed(options.seed)
-    return DeepseekV3ForCausalLM(config).eval().to(device, torch.bfloat16)
+    return DeepseekV3ForCausalLM(config).eval().to(device, getattr(torch, options.dtype))
 
 
 # ---------------------------------------------------------------------- attention over the cache, in two ways
@@ -172,9 +170,9 @@ class Server:
     counts: a step has the same shapes whoever is there, so on a GPU it is one CUDA graph."""
 
     def __init__(self, model, attention: type, rows: int, num_pages: int, max_seqlen: int):
-        config, device = model.config, attention.device
+        config, device, dtype = model.config, attention.device, model.dtype
         self.model, self.requests = model, [None] * rows
-        first = PagedKVCache.allocate(num_pages, rows, max_seqlen, device=device)  # it hands out the pages
+        first = PagedKVCache.allocate(num_pages, rows, max_seqlen, dtype=dtype, device=device)  # it hands out pages
         share = lambda: PagedKVCache.from_tensors(torch.empty_like(first.pool), first.block_table, first.cache_seqlens)
         caches = [first, *(share() for _ in range(config.num_hidden_layers - 1))]
         self.cache, self.attention = first, attention(first, config.num_attention_heads)
@@ -269,8 +267,9 @@ class Server:
 @dataclass
 class Agreement:
     tokens: int = 0
-    equal: int = 0
-    ties: int = 0  # another token, whose logit in float32 is within rounding of the largest
+    equal: int = 0  # to eager's in float32
+    eager_equal: int = 0  # of eager's in the precision of ours
+    ties: int = 0  # others, whose logit in float32 is within that precision of the largest
     ours: float = 0.0  # error of the logits against float32, root mean square over their deviation
     eager: float = 0.0
 
@@ -280,7 +279,7 @@ class Agreement:
 
 
 def compare(model, requests: list[Request]) -> Agreement:
-    """with the eager model, in float32 and in bf16, on the texts that came out"""
+    """with the eager model, in float32 and in our precision, on the texts that came out"""
     result, wide, square = Agreement(), copy.deepcopy(model).float(), {"ours": 0.0, "eager": 0.0, "all": 0.0}
     for request in requests:
         text = torch.cat([request.prompt, torch.tensor(request.tokens[:-1], dtype=torch.int64)])[None].to(model.device)
@@ -292,6 +291,7 @@ def compare(model, requests: list[Request]) -> Agreement:
         gap = true.max(-1).values - chosen
         result.tokens += len(gap)
         result.equal += int((gap == 0).sum())
+        result.eager_equal += int((eager.argmax(-1) == true.argmax(-1)).sum())
         result.ties += int(((gap > 0) & (gap <= 2 * (eager - true).abs().max())).sum())
     result.ours, result.eager = ((square[name] / square["all"]) ** 0.5 for name in ("ours", "eager"))
     return result
@@ -330,25 +330,26 @@ def _generate(model, batch: list[Request], new_tokens: int):
 def draw_requests(options: argparse.Namespace) -> list[Request]:
     """prompts of 1 to `longest` tokens, evenly in the logarithm"""
     source = torch.Generator().manual_seed(options.seed)
-    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=source))
     lengths = [round(options.longest ** float(torch.rand((), generator=source))) for _ in range(options.requests)]
     prompts = [torch.randint(1, 2048, (length,), generator=source) for length in lengths]
-    return [Request(prompt, draw(1, options.new_tokens)) for prompt in prompts]
+    counts = torch.randint(1, options.new_tokens + 1, (len(prompts),), generator=source).tolist()
+    return [Request(prompt, count) for prompt, count in zip(prompts, counts)]
 
 
 def report(options, model, server: Server, requests: list[Request], agreement: Agreement, eager: tuple[float, int]):
     a, c, pool = model.model.layers[0].self_attn, model.config, server.cache.pool
+    heads, dtype = c.num_attention_heads, options.dtype
     lengths, differ = [len(request.prompt) for request in requests], agreement.tokens - agreement.equal - agreement.ties
     mscale, decoded = a.scaling * (NOPE + ROPE) ** 0.5, server.decoded  # (mscale counts twice: for q and for k)
     per_page = pool[0].nbytes * c.num_hidden_layers
-    expanded = (NOPE + ROPE + VALUE) * c.num_attention_heads / (LATENT + ROPE)
+    expanded = (NOPE + ROPE + VALUE) * heads / (LATENT + ROPE)
     print(
-        f"model     {c.num_hidden_layers} layers, hidden {c.hidden_size}, {c.num_attention_heads} heads, bf16; "
-        f"yarn, scores * {mscale:.3f}\n"
+        f"model     {c.num_hidden_layers} layers, hidden {c.hidden_size}, {heads} heads, {dtype}; yarn, scores * {mscale:.3f}\n"
         f"requests  {len(requests)} in {options.rows} rows; prompts of {min(lengths)} to {max(lengths)} tokens, "
         f"{agreement.tokens} new tokens\n"
-        f"tokens    {agreement.equal} are eager's in float32, {agreement.ties} tie with it within rounding, {differ} differ\n"
-        f"logits    error against float32: {agreement.ours:.1e} of their deviation; of eager in bf16 {agreement.eager:.1e}\n"
+        f"tokens    {agreement.equal} are eager's in float32 (of eager in {dtype} {agreement.eager_equal}), "
+        f"{agreement.ties} tie with it within rounding, {differ} differ\n"
+        f"logits    error against float32: {agreement.ours:.1e} of their deviation; of eager in {dtype} {agreement.eager:.1e}\n"
         f"decode    {decoded / server.decode_s:.0f} tokens/s, eager {decoded / eager[0]:.0f} tokens/s\n"
         f"cache     {server.most_pages * per_page / 1e6:.2f} MB in use at most, eager {eager[1] / 1e6:.2f} MB (padded); "
         f"heads expanded would be {expanded:.1f} times as much\n"
@@ -362,6 +363,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sizes = dict(rows=16, requests=48, longest=4000, new_tokens=96, layers=3, hidden=512, heads=16)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(argv)
     for name in sizes:
@@ -383,8 +385,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     model, requests = random_model(options, attention.device), draw_requests(options)
     longest = max(len(request.prompt) + request.new_tokens for request in requests)
-    most = max(request.pages for request in requests)
-    num_pages = max(most, sum(request.pages for request in requests) * options.rows // len(requests))
+    pages = [request.pages for request in requests]
+    num_pages = max(max(pages), sum(pages) * options.rows // len(pages))  # room for as many average requests as there are rows
     server = Server(model, attention, options.rows, num_pages, longest)
     server.run(requests)
     agreement = compare(model, requests)

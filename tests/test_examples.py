@@ -178,9 +178,9 @@ def test_the_model_says_that_there_is_no_gpu():
     assert result.returncode == 1 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("no Hopper GPU")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_model_agrees_with_eager(model_example, capsys, seed):
-    status, out = run_model(model_example, capsys, "--attention", "reference", "--seed", seed, *SMALL)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_agrees_with_eager(model_example, capsys, dtype):
+    status, out = run_model(model_example, capsys, "--attention", "reference", "--dtype", dtype, *SMALL)
     assert status == 0 and "agrees with the eager model" in out and " 0 differ" in out, out
     pages, taken = map(int, re.search(r"pages +(\d+) served requests that took (\d+) in all", out).groups())
     assert taken > pages, "no page was used again"
@@ -210,8 +210,10 @@ def test_the_model_would_see_a_mistake(model_example, capsys, monkeypatch, broke
 
 # ---------------------------------------------------------------------- on a GPU
 @pytest.mark.gpu
-def test_the_model_agrees_with_eager_on_the_kernels(model_example, capsys):
-    status, out = run_model(model_example, capsys, "--rows", 6, "--requests", 20, "--longest", 2500, "--new-tokens", 40)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_agrees_with_eager_on_the_kernels(model_example, capsys, dtype):
+    sizes = ("--rows", 6, "--requests", 20, "--longest", 2500, "--new-tokens", 40)
+    status, out = run_model(model_example, capsys, "--dtype", dtype, *sizes)
     assert status == 0 and " 0 differ" in out, out
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashmla_cute import DecodePlan, PagedKVCache, mla_decode, parallel
-from flashmla_cute.kernels.config import TILE
+from flashmla_cute import DecodePlan, PagedKVCache, compile, mla_decode, ops, parallel
+from flashmla_cute.kernels.config import TILE, MLAConfig, ScheduleConfig
 from flashmla_cute.parallel import ContextParallel, Contiguous, DataParallel, Interleaved, Ranks, TensorParallel
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import TOLERANCE
@@ -208,6 +208,15 @@ def groups(rank: int, size: int, device: str):
 CASES = (context_parallel, context_parallel_without_mask, context_parallel_grows, tensor_parallel, data_parallel, groups)
 
 
+KERNELS = (
+    (ops.DecodeOp, MLAConfig(causal=False)),
+    (ops.DecodeOp, MLAConfig(causal=True)),
+    (ops.MergeOp, MLAConfig(causal=False, split="bfloat16")),
+    (ops.ScheduleOp, ScheduleConfig()),
+    (ops.AppendOp, MLAConfig(causal=False)),
+)
+
+
 # ---------------------------------------------------------------------- processes
 def process(rank: int, size: int, port: int, device: str, cases, errors):
     patch = pytest.MonkeyPatch()
@@ -258,9 +267,10 @@ def test_over_gloo(size):
 
 
 @pytest.mark.gpu
-def test_over_nccl(decode_kernels):
+def test_over_nccl():
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, there is {torch.cuda.device_count()}")
+    compile.get_many(KERNELS)  # (ahead, so that no process waits for another's compiler)
     run([case for case in CASES if case is not groups], 2, "cuda")
 
 
