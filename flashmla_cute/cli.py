@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, compile, demo, doctor, export, selection, store
+from . import __version__, compile, demo, doctor, export, memory, selection, store
 
 DEMO = """\
 Serve a batch of requests of very different lengths for some decode steps.
@@ -59,6 +59,12 @@ verify  load every object and look its symbol up; reports damaged ones
 clear   remove stale and damaged objects; --all: all of them
 
 exit status: 1 if verify finds a damaged object, else 0"""
+MEMORY = """\
+Bytes a cached token takes with multi-head attention, grouped-query attention
+with 8 kv heads, and MLA in bf16 and FP8, for DeepSeek-V3, Kimi-K2 and
+DeepSeek-V2-Lite, from their published configurations.
+
+exit status: 0; 1 if --measure finds no GPU"""
 LEFTOVER_S = 3600  # a compile takes 10 s: what is unfinished after this was killed
 
 
@@ -107,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("cache", help="what the cache of compiled kernels holds", description=CACHE)
     command.add_argument("action", choices=("list", "verify", "clear"))
     command.add_argument("--all", action="store_true", help="with clear: current objects too")
+    command = add("memory", help="what a token takes in the cache, by model and format", description=MEMORY)
+    command.add_argument("--measure", action="store_true", help="also allocate each cache on the GPU and see what it takes")
     return top
 
 
@@ -190,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [pair for pairs in arguments.get("configs", ()) for pair in pairs]
     if command == "doctor":
         return doctor.run(console)
+    if command == "memory":
+        return memory.run(console, arguments["measure"])
     if command == "compile":
         return compile_ahead(wanted or selection.default(), console)
     if command == "export":
