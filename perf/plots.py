@@ -2,6 +2,8 @@
 
 python -m perf.plots perf/results/FILE.json --out DIR
 
+table.md      the rows as a Markdown table
+relative.png  time of every implementation over ours, row by row
 roofline.png  TFLOP/s and GB/s against query rows per cached token, with the ceilings that the same run measured
 speedup.png   each peer's time over ours, by number of requests
 """
@@ -11,11 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-from . import ours
+from . import ours, report
 from .roofline import ITEMSIZE, LATENT, ROPE
 
-COLOURS = {ours.NAME: "#0b6e4f", "flashmla": "#c8553d", "fa3": "#3d5a98", "sdpa": "#8d8d8d"}
-MARKERS = {16: "o", 32: "v", 64: "s", 128: "D"}  # by query heads
+COLOURS = {ours.NAME: "#0b6e4f", "flashmla": "#c8553d", "fa3": "#3d5a98", "triton_mla": "#b58900", "sdpa": "#8d8d8d"}
+MARKERS = {16: "o", 32: "v", 64: "s", 96: "^", 128: "D"}  # by query heads
 FLOPS_PER_BYTE = 2 * (2 * LATENT + ROPE) / ((LATENT + ROPE) * ITEMSIZE)  # of one query row: the slope of the roof
 
 
@@ -32,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     matplotlib.use("Agg")  # (files only: no display is asked for)
     result = json.loads(options.file.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("roofline", roofline), ("speedup", speedup)):
+    (options.out / "table.md").write_text(table(result))
+    print(options.out / "table.md")
+    for name, draw in (("roofline", roofline), ("speedup", speedup), ("relative", relative)):
         figure = draw(result)
         path = options.out / f"{name}.png"
         figure.savefig(path, dpi=160, bbox_inches="tight")
@@ -94,6 +98,56 @@ def speedup(result: dict):
         panels[0][0].text(0.5, 0.5, "no peer was timed in this run", ha="center")
     figure.suptitle(f"{_title(result)}   (filled: one query token)", y=1.02)
     return figure
+
+
+def relative(result: dict):
+    """a group of bars for each row that we have timed: every implementation's time / ours"""
+    import matplotlib.pyplot as plt
+
+    groups = [group for group in report.by_shape(result["rows"]) if group.get(ours.NAME, {}).get("us")]
+    names = _implementations(result)
+    figure, axes = plt.subplots(figsize=(max(6, 1.3 * len(groups) + 2), 4.4))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        us = [(at + i * width, group.get(name, {}).get("us"), group[ours.NAME]["us"]) for at, group in enumerate(groups)]
+        timed = [(x, theirs / mine) for x, theirs, mine in us if theirs]
+        bars = axes.bar(*zip(*timed), width, color=COLOURS.get(name), label=name) if timed else ()
+        if i > 0 and timed:
+            axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", fontsize=7)
+    labels = [f"b{r['b']} s_q{r['s_q']}\nh{r['h_q']} s_k{r['s_k']}" for r in (group[ours.NAME] for group in groups)]
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(groups))], labels, fontsize=8)
+    axes.set(yscale="log", ylabel=f"time / time of {ours.NAME}")
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.legend(fontsize=8)
+    figure.suptitle(_title(result))
+    return figure
+
+
+def table(result: dict) -> str:
+    """Markdown"""
+    peers = _implementations(result)[1:]
+    lines = [
+        "| requests | query tokens | heads | cached tokens | us | "
+        + " | ".join(f"{p} / ours" for p in peers)
+        + " | TFLOP/s | GB/s |"
+    ]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for group in report.by_shape(result["rows"]):
+        mine = group.get(ours.NAME)
+        if mine and mine["us"]:
+            ratios = [f"{group[peer]['us'] / mine['us']:.2f}" if group.get(peer, {}).get("us") else "-" for peer in peers]
+            cells = (mine["b"], mine["s_q"], mine["h_q"], mine["s_k"], f"{mine['us']:.1f}", *ratios)
+            lines.append("| " + " | ".join(map(str, (*cells, f"{mine['tflops']:.0f}", f"{mine['gbps']:.0f}"))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _implementations(result: dict) -> list[str]:
+    """ours first"""
+    names = dict.fromkeys(record["impl"] for record in result["rows"])
+    return sorted(names, key=lambda name: name != ours.NAME)
 
 
 def _timed(result: dict) -> list[dict]:

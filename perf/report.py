@@ -108,7 +108,7 @@ def _finite(value):
 # ---------------------------------------------------------------------- table
 def table(result: dict) -> str:
     """one line per row: our time, each peer's with its time / ours, and how close we are to the ceilings"""
-    rows = _by_shape(result["rows"])
+    rows = by_shape(result["rows"])
     peers = list(dict.fromkeys(record["impl"] for record in result["rows"] if record["impl"] != ours.NAME))
     head = f"{'b':>4} {'s_q':>3} {'h':>4} {'s_k':>7} {'us':>9} " + "".join(f"{peer:>17} " for peer in peers)
     lines = [head + f"{'TFLOP/s':>8} {'GB/s':>6} {'% matmul':>8} {'% stream':>8} {'rel err':>8} {'sched us':>8}"]
@@ -127,7 +127,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, *notes])
 
 
-def _by_shape(rows: Iterable[dict]) -> list[dict[str, dict]]:
+def by_shape(rows: Iterable[dict]) -> list[dict[str, dict]]:
     """records of one shape together, by implementation"""
     groups: dict[tuple, dict[str, dict]] = {}
     for record in rows:

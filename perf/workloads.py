@@ -107,6 +107,14 @@ WORKLOADS = {
         Row(128, 16, LogNormal(2048, 65536), "a server's mixture of lengths: the schedule has to balance it, memory-bound"),
         Row(128, 128, LogNormal(2048, 65536), "the same mixture with two row tiles a request"),
     ),
+    "models": (
+        Row(1, 96, 4096, "heads of a 175B-class model; one request"),
+        Row(1, 128, 4096, "DeepSeek-V3; one request"),
+        Row(8, 96, 4096, "a small batch, which still fits into memory with expanded heads"),
+        Row(8, 128, 4096, "a small batch, which still fits into memory with expanded heads"),
+        Row(128, 96, 8192, "a full batch; a row tile and a half of heads"),
+        Row(128, 128, 8192, "a full batch"),
+    ),
     "quick": (
         Row(1, 16, 4096, "smallest"),
         Row(4, 16, 4096, "splits and the causal mask", s_q=2),

@@ -15,7 +15,7 @@ import os
 import sys
 from types import ModuleType
 
-NAMES = ("flashmla", "fa3", "sdpa")
+NAMES = ("flashmla", "fa3", "triton_mla", "sdpa")
 
 
 class Absent(Exception):

@@ -9,7 +9,7 @@ from ..problem import Problem
 from ..roofline import ITEMSIZE, LATENT, ROPE
 from . import need
 
-MAX_EXPANDED_BYTES = 8 << 30  # k and v for every head, which torch may write out
+MAX_EXPANDED_BYTES = 10 << 30  # k and v for every head, which torch may write out
 
 
 def find():
