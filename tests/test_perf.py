@@ -1,0 +1,64 @@
+"""What of perf/ runs without a GPU: refusals, the rules of a peer, tables and pictures of stored runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf import ours, parallel, peers, plots
+from perf.peers import triton_mla
+
+RESULTS = Path(__file__).parents[1] / "perf" / "results"
+
+
+@pytest.fixture
+def stored() -> dict:
+    return json.loads((RESULTS / "2026-11-24-h100-dense.json").read_text())
+
+
+def test_parallel_says_what_is_missing(capsys):
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there are GPUs")
+    assert parallel.main([]) == 2
+    assert re.match(r"perf.parallel: (no CUDA device|.* GPUs$)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "shape, splits",
+    [
+        ((1, 128, 4096), 8),
+        ((1, 16, 65536), 128),
+        ((8, 128, 4096), 8),
+        ((64, 128, 8192), 1),
+        ((1, 16, 100), 1),
+        ((1, 16, 1 << 20), 264),
+    ],
+)
+def test_splits_of_triton(shape, splits):
+    assert triton_mla.num_splits(*shape, sms=132) == splits
+
+
+def test_an_absent_peer_is_named(monkeypatch):
+    monkeypatch.delenv(triton_mla.VARIABLE, raising=False)
+    found, absent = peers.load(["triton_mla"])
+    assert found == {} and triton_mla.VARIABLE in absent["triton_mla"]
+
+
+def test_table_has_every_timed_row(stored):
+    head, _, *lines = plots.table(stored).splitlines()
+    timed = [record for record in stored["rows"] if record["impl"] == ours.NAME and record["us"]]
+    assert len(lines) == len(timed) > 0 and "fa3 / ours" in head
+    assert {line.count("|") for line in (head, *lines)} == {head.count("|")}
+    for record, line in zip(timed, lines):
+        assert f"| {record['us']:.1f} |" in line and f"| {record['speedup_over']['fa3']:.2f} |" in line
+
+
+def test_pictures(stored, tmp_path):
+    pytest.importorskip("matplotlib")
+    stored["rows"][1] |= {"us": None, "error": "refused: a peer that does not do this row"}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(stored))
+    assert plots.main([str(path), "--out", str(tmp_path)]) == 0
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("roofline", "speedup", "relative"))
