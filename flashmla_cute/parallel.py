@@ -21,7 +21,7 @@ import torch.distributed as dist
 from . import checks, compile, ops
 from .checks import need
 from .decode import mla_decode
-from .kernels.config import TILE, MLAConfig
+from .kernels.config import MLAConfig
 from .kernels.parts.work import MERGE
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
@@ -214,7 +214,8 @@ class ContextParallel:
         need(sharding.size == size, "sharding.size", sharding.size, f"{size}, the ranks of the group")
         need(not scatter_heads or num_heads >= size, "num_heads", num_heads, f"at least {size}, one for each rank")
         self.num_heads, self.num_queries = num_heads, num_queries
-        self.block_table, self.seqlens, self.format = cache.block_table, cache.cache_seqlens, cache.format
+        self.block_table, self.seqlens = cache.block_table, cache.cache_seqlens
+        self.format, self.page = cache.format, cache.page
         rows = cache.batch * num_queries
         self._table = self.block_table.repeat_interleave(num_queries, 0)
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=cache.device)
@@ -224,19 +225,19 @@ class ContextParallel:
         dtype = cache.pool.dtype
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=cache.device)
         # Heads come first everywhere, so that a rank's share is contiguous and is sent from where the decode kernel wrote it.
-        self._pieces = empty(_slot(size - 1) + 1, mine, rows, self.format.latent)
-        self._piece_lses = empty(_slot(size - 1) + 1, mine, rows, dtype=torch.float32)
-        own = _slot(rank)
-        self._partial = empty(num_heads, rows, self.format.latent) if scatter_heads else self._pieces[own]
-        self._partial_lse = empty(num_heads, rows, dtype=torch.float32) if scatter_heads else self._piece_lses[own]
+        self._pieces = empty(size, mine, rows, self.format.latent)
+        self._piece_lses = empty(size, mine, rows, dtype=torch.float32)
+        self._partial = empty(num_heads, rows, self.format.latent) if scatter_heads else self._pieces[rank]
+        self._partial_lse = empty(num_heads, rows, dtype=torch.float32) if scatter_heads else self._piece_lses[rank]
         self._merges = torch.zeros(2, MERGE, dtype=torch.int32, device=cache.device)
         self._merges[0, 0], self._merges[1, 2] = 1, size
-        self._merge = compile.get(ops.MergeOp, MLAConfig(kv=self.format, causal=False, split=self.format.dtype))
+        merge = MLAConfig(kv=self.format, causal=False, split=self.format.dtype)
+        self._merge = compile.get(ops.MergeOp, merge)
         self.update()
 
     def cache(self, pool: torch.Tensor) -> PagedKVCache:
         """what `decode` takes for the layer whose tokens are in `pool`; make it once"""
-        return PagedKVCache.from_tensors(pool, self._table, self._lengths)
+        return PagedKVCache.from_tensors(pool, self._table, self._lengths, latent=self.format.latent)
 
     def update(self) -> None:
         """plans for the lengths and the block table as they are now, on torch's current stream"""
@@ -253,44 +254,46 @@ class ContextParallel:
         before = self.sharding.count(positions, self.ranks.rank)
         mine = (self.sharding.count(positions + 1, self.ranks.rank) > before) & (positions >= 0)
         place = torch.where(mine, before, 0)
-        pages = self.block_table.gather(1, place // TILE).long()
-        return torch.where(mine, pages * TILE + place % TILE, -1).flatten()
+        pages = self.block_table.gather(1, place // self.page).long()
+        return torch.where(mine, pages * self.page + place % self.page, -1).flatten()
 
     def decode(
-        self, q: torch.Tensor, cache: PagedKVCache, *, softmax_scale: float | None = None
+        self,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        cache: PagedKVCache,
+        *,
+        softmax_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [batch, num_queries, num_heads, latent + rope], the same on every rank; cache: made by `cache`.
+        """q [batch, num_queries, num_heads, latent + rope], or its two parts, the same on every rank; cache: made by `cache`.
 
         Returns, over the tokens of all ranks, out [batch, num_queries, heads, latent] of q's dtype and lse [batch, heads,
         num_queries] float32, where heads are num_heads or this rank's share; in memory the heads are outermost.  Raises as
         mla_decode does.  Every rank of the group must call it."""
-        checks.is_tensor("q", q)
-        batch, num_queries = self.block_table.shape[0], self.num_queries
-        checks.has_shape("q", q, (batch, num_queries, self.num_heads, self.format.head_dim), "(batch, queries, heads, columns)")
-        rows = q.flatten(0, 1).unsqueeze(1)
+        batch = self.block_table.shape[0]
+        parts = q if isinstance(q, tuple) else (q,)
+        for part in parts:
+            checks.is_tensor("q", part)
+            checks.has_shape("q", part, (batch, self.num_queries, self.num_heads, None), "(batch, queries, heads, columns)")
+        rows = tuple(part.flatten(0, 1).unsqueeze(1) for part in parts)
+        rows = rows if isinstance(q, tuple) else rows[0]
         out, lse = self._partial.transpose(0, 1).unsqueeze(1), self._partial_lse.T.unsqueeze(-1)
         mla_decode(rows, cache, self.plan, softmax_scale=softmax_scale, causal=False, out=out, lse=lse)
-        received = [tensor[_slot(r)] for tensor in (self._pieces, self._piece_lses) for r in range(self.ranks.size)]
         heads = [slice(share.start, share.stop) for share in self.shares]
-        self.ranks.exchange([x[share] for x in (self._partial, self._partial_lse) for share in heads], received)
+        sent = [x[share] for x in (self._partial, self._partial_lse) for share in heads]
+        self.ranks.exchange(sent, [*self._pieces, *self._piece_lses])
         return self._merged(batch)
 
     def _merged(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """the pieces of all ranks -> out, lse.  The merge sees one request, and in each (head, row) a query token of it."""
-        slots, mine, rows, latent = self._pieces.shape
+        size, mine, rows, latent = self._pieces.shape
         out = self._pieces.new_empty(mine, batch, self.num_queries, latent)
         lse = self._piece_lses.new_empty(mine, batch, self.num_queries)
         self._merge(
-            self._pieces.view(slots, mine * rows, 1, latent),
-            self._piece_lses.view(slots, mine * rows, 1),
+            self._pieces.view(size, mine * rows, 1, latent),
+            self._piece_lses.view(size, mine * rows, 1),
             self._merges,
             out.view(1, mine * rows, 1, latent),
             lse.view(1, 1, mine * rows),
             self.plan.num_sms,
         )
         return out.permute(1, 2, 0, 3), lse.transpose(0, 1)
-
-
-def _slot(rank: int) -> int:
-    """where the merge looks for piece `rank`: see kernels/schedule.py"""
-    return max(0, 2 * rank - 1)

@@ -132,10 +132,12 @@ def context_parallel(rank: int, size: int, device: str):
 
 
 def context_parallel_without_mask(rank: int, size: int, device: str):
+    """and with q in two parts"""
     whole, sharding = Whole([5, 200, 0], 4, 3, device), Interleaved(size, 2)
     cache = whole.shard(sharding, rank)
     cp = ContextParallel(cache, sharding, 4, 3, causal=False)
-    whole.check(*cp.decode(whole.q, cp.cache(cache.pool), softmax_scale=SCALE), causal=False)
+    q = whole.q[..., :512].contiguous(), whole.q[..., 512:].contiguous()
+    whole.check(*cp.decode(q, cp.cache(cache.pool), softmax_scale=SCALE), causal=False)
 
 
 def context_parallel_grows(rank: int, size: int, device: str):
@@ -210,6 +212,7 @@ CASES = (context_parallel, context_parallel_without_mask, context_parallel_grows
 
 KERNELS = (
     (ops.DecodeOp, MLAConfig(causal=False)),
+    (ops.DecodeOp, MLAConfig(causal=False, q_pair=True)),
     (ops.DecodeOp, MLAConfig(causal=True)),
     (ops.MergeOp, MLAConfig(causal=False, split="bfloat16")),
     (ops.ScheduleOp, ScheduleConfig()),
@@ -324,10 +327,3 @@ def test_every_rank_needs_a_gpu(one_rank, monkeypatch):
 def test_heads_must_suffice(one_rank):
     with pytest.raises(ValueError, match="num_heads is 0; allowed: at least 1"):
         TensorParallel(0, torch.device("cpu"))
-
-
-def test_slots_follow_the_schedule():
-    """the merge finds piece i where kernels/schedule.py would have put it"""
-    from flashmla_cute.schedule import Merge
-
-    assert Merge(0, 0, 8).slots() == [parallel._slot(rank) for rank in range(8)]
