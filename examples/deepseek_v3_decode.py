@@ -79,9 +79,10 @@ class Kernels:
     def write(self, cache: PagedKVCache, latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor):
         cache.append(latent, rope, slots)
 
-    def decode(self, q: torch.Tensor, cache: PagedKVCache, softmax_scale: float) -> torch.Tensor:
-        """q [rows, heads, 576] -> [rows, heads, 512]"""
-        return mla_decode(q[:, None], cache, self.plan, softmax_scale=softmax_scale)[0][:, 0]
+    def decode(self, q: tuple[torch.Tensor, torch.Tensor], cache: PagedKVCache, softmax_scale: float) -> torch.Tensor:
+        """q [rows, heads, 512] and [rows, heads, 64] -> [rows, heads, 512]"""
+        q_latent, q_rope = (part[:, None] for part in q)  # (one query token a row)
+        return mla_decode((q_latent, q_rope), cache, self.plan, softmax_scale=softmax_scale)[0][:, 0]
 
 
 class Reference:
@@ -99,10 +100,10 @@ class Reference:
         real = slots >= 0
         cache.pool.view(-1, LATENT + ROPE)[slots[real]] = torch.cat([latent, rope], -1)[real]
 
-    def decode(self, q: torch.Tensor, cache: PagedKVCache, softmax_scale: float) -> torch.Tensor:
-        lengths = cache.cache_seqlens.tolist()
-        out, _ = reference_decode(q[:, None], cache.pool, cache.block_table, lengths, softmax_scale, True, LATENT)
-        return out[:, 0].to(q.dtype)
+    def decode(self, q: tuple[torch.Tensor, torch.Tensor], cache: PagedKVCache, softmax_scale: float) -> torch.Tensor:
+        rows, lengths = torch.cat(q, -1)[:, None], cache.cache_seqlens.tolist()
+        out, _ = reference_decode(rows, cache.pool, cache.block_table, lengths, softmax_scale, True, LATENT)
+        return out[:, 0].to(rows.dtype)
 
 
 # ---------------------------------------------------------------------- the model on that cache
@@ -143,8 +144,8 @@ class Layer:
 
     def _decode(self, q_nope, q_rope):
         """one token of each row on what the cache holds of its request"""
-        q = torch.cat([torch.einsum("bhn,hnl->bhl", q_nope, self.w_uk), q_rope], -1)
-        o = self.attention.decode(q, self.cache, self.layer.self_attn.scaling)  # (scaling has mscale^2 in it)
+        q_latent = torch.einsum("bhn,hnl->bhl", q_nope, self.w_uk)
+        o = self.attention.decode((q_latent, q_rope), self.cache, self.layer.self_attn.scaling)  # (mscale^2 is in scaling)
         return torch.einsum("bhl,hvl->bhv", o, self.w_uv)
 
 

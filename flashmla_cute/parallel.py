@@ -7,13 +7,13 @@ DataParallel      every rank holds some of the requests; outputs are exchanged w
 Which tokens may a row see?  Query token i of num_queries sees the first n = length - num_queries + 1 + i tokens of its request,
 and on rank r those of them that lie there: sharding.count(n, r), since a rank keeps its tokens in order.  That number does not
 grow by one with i as under the kernel's causal mask: with tokens 0, 2, 4 on one rank and 1, 3, 5 on another, every second query
-token sees nothing new.  So each query token decodes as a request of its own, with its own length and its request's pages.  The
-price is that a page is read once for each query token, from L2 where they run side by side.
+token sees nothing new.  So each query token decodes as a request of its own, with its own length and its request's pages; the
+price is that a page is read once for each query token.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -221,8 +221,7 @@ class ContextParallel:
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=cache.device)
         self.plan = DecodePlan(self.cache(cache.pool), num_heads)
         self.shares = [share_of(num_heads, size, r) if scatter_heads else range(num_heads) for r in range(size)]
-        mine = len(self.shares[rank])
-        dtype = cache.pool.dtype
+        mine, dtype = len(self.shares[rank]), self.plan.out_dtype
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=cache.device)
         # Heads come first everywhere, so that a rank's share is contiguous and is sent from where the decode kernel wrote it.
         self._pieces = empty(size, mine, rows, self.format.latent)
@@ -231,8 +230,8 @@ class ContextParallel:
         self._partial_lse = empty(num_heads, rows, dtype=torch.float32) if scatter_heads else self._piece_lses[rank]
         self._merges = torch.zeros(2, MERGE, dtype=torch.int32, device=cache.device)
         self._merges[0, 0], self._merges[1, 2] = 1, size
-        merge = MLAConfig(kv=self.format, causal=False, split=self.format.dtype)
-        self._merge = compile.get(ops.MergeOp, merge)
+        kv = replace(checks.DTYPES[dtype], latent=self.format.latent, rope=self.format.rope)
+        self._merge = compile.get(ops.MergeOp, MLAConfig(kv=kv, causal=False, split=kv.dtype))
         self.update()
 
     def cache(self, pool: torch.Tensor) -> PagedKVCache:
@@ -269,25 +268,24 @@ class ContextParallel:
         Returns, over the tokens of all ranks, out [batch, num_queries, heads, latent] of q's dtype and lse [batch, heads,
         num_queries] float32, where heads are num_heads or this rank's share; in memory the heads are outermost.  Raises as
         mla_decode does.  Every rank of the group must call it."""
-        batch = self.block_table.shape[0]
-        parts = q if isinstance(q, tuple) else (q,)
-        for part in parts:
+        shape = (self.block_table.shape[0], self.num_queries, self.num_heads, None)
+        for part in q if isinstance(q, tuple) else (q,):
             checks.is_tensor("q", part)
-            checks.has_shape("q", part, (batch, self.num_queries, self.num_heads, None), "(batch, queries, heads, columns)")
-        rows = tuple(part.flatten(0, 1).unsqueeze(1) for part in parts)
-        rows = rows if isinstance(q, tuple) else rows[0]
+            checks.has_shape("q", part, shape, "(batch, num_queries, num_heads, columns)")
+        fold = lambda part: part.flatten(0, 1).unsqueeze(1)
+        rows = tuple(map(fold, q)) if isinstance(q, tuple) else fold(q)
         out, lse = self._partial.transpose(0, 1).unsqueeze(1), self._partial_lse.T.unsqueeze(-1)
         mla_decode(rows, cache, self.plan, softmax_scale=softmax_scale, causal=False, out=out, lse=lse)
         heads = [slice(share.start, share.stop) for share in self.shares]
         sent = [x[share] for x in (self._partial, self._partial_lse) for share in heads]
         self.ranks.exchange(sent, [*self._pieces, *self._piece_lses])
-        return self._merged(batch)
+        return self._merged()
 
-    def _merged(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """the pieces of all ranks -> out, lse.  The merge sees one request, and in each (head, row) a query token of it."""
         size, mine, rows, latent = self._pieces.shape
-        out = self._pieces.new_empty(mine, batch, self.num_queries, latent)
-        lse = self._piece_lses.new_empty(mine, batch, self.num_queries)
+        shape = (mine, rows // self.num_queries, self.num_queries)
+        out, lse = self._pieces.new_empty(*shape, latent), self._piece_lses.new_empty(shape)
         self._merge(
             self._pieces.view(size, mine * rows, 1, latent),
             self._piece_lses.view(size, mine * rows, 1),
