@@ -22,7 +22,7 @@ from . import checks, compile, ops
 from .checks import need
 from .decode import mla_decode
 from .kernels.config import MLAConfig
-from .kernels.parts.work import MERGE
+from .kernels.parts.work import MERGE_WARPS
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
 
@@ -228,8 +228,8 @@ class ContextParallel:
         self._piece_lses = empty(size, mine, rows, dtype=torch.float32)
         self._partial = empty(num_heads, rows, self.format.latent) if scatter_heads else self._pieces[rank]
         self._partial_lse = empty(num_heads, rows, dtype=torch.float32) if scatter_heads else self._piece_lses[rank]
-        self._merges = torch.zeros(2, MERGE, dtype=torch.int32, device=cache.device)
-        self._merges[0, 0], self._merges[1, 2] = 1, size
+        merges = [[1, MERGE_WARPS, 0, 0], [0, 0, size, 0]]  # one request, of `size` pieces from slot 0 on
+        self._merges = torch.tensor(merges, dtype=torch.int32, device=cache.device)
         kv = replace(checks.DTYPES[dtype], latent=self.format.latent, rope=self.format.rope)
         self._merge = compile.get(ops.MergeOp, MLAConfig(kv=kv, causal=False, split=kv.dtype))
         self.update()
