@@ -23,6 +23,10 @@ FIXED_ABI = {
     "flashmla_cute/ops.py": {"DecodeOp.__call__", "RaggedScheduleOp.__call__"},  # the arguments of one compiled call, flat
     "kernels/schedule.py": {"BuildSchedule.__call__"},
     "flashmla_cute/compat.py": {"flash_mla_with_kvcache"},  # FlashMLA's signature
+    "flashmla_cute/integrations/vllm.py": {  # vLLM's
+        "FlashMLACuteBackend.supports_combination",
+        "FlashMLACuteImpl.__init__",
+    },
 }
 
 
@@ -108,7 +112,7 @@ def test_specialisations(path):
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 KERNEL_FILES = [path for path in KERNELS if path.stem not in ("__init__", "config")]
 PARTS = sorted((ROOT / "kernels" / "parts").glob("*.py"))
-RUNTIME = sorted((ROOT / "flashmla_cute").glob("*.py"))
+RUNTIME = sorted(path for folder in ("", "integrations") for path in (ROOT / "flashmla_cute" / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", [*KERNELS, *PARTS], ids=name)

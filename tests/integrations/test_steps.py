@@ -1,0 +1,144 @@
+"""DecodeSteps: what both plugins share."""
+
+import pytest
+import torch
+
+from flashmla_cute import PagedKVCache, compile
+from flashmla_cute.integrations import support
+from flashmla_cute.integrations.steps import DecodeSteps
+from flashmla_cute.testing import Case, Problem
+
+CASES = [Case((70, 1, 0, 300), h_q=16), Case((130, 64, 7), h_q=5, s_q=3), Case((65, 200), h_q=8, dtype=torch.float16)]
+
+
+def steps_for(problem: Problem, **options) -> DecodeSteps:
+    return DecodeSteps(problem.case.h_q, problem.cache.page, problem.case.dtype, problem.q.device, **options)
+
+
+def plan(steps: DecodeSteps, problem: Problem):
+    return steps.plan(problem.cache.block_table, problem.cache.cache_seqlens, problem.case.s_q)
+
+
+def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
+    """out [tokens, heads, latent] and lse [tokens, heads], contiguous, against float64"""
+    case = problem.case
+    tokens = len(case.lengths) * case.s_q
+    assert out.shape == (tokens, case.h_q, 512) and out.is_contiguous() and out.dtype == case.dtype
+    assert lse.shape == (tokens, case.h_q) and lse.is_contiguous() and lse.dtype == torch.float32
+    by_request = lse.view(-1, case.s_q, case.h_q).transpose(1, 2)
+    errors = problem.errors(out.view(-1, case.s_q, case.h_q, 512), by_request)
+    assert errors.within(case.dtype), f"{errors}\n{case}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("pair", [False, True], ids=["joined", "pair"])
+def test_a_step_decodes(device, case, pair):
+    problem = Problem.make(case, device)
+    q = problem.q.flatten(0, 1)
+    if pair:  # as vLLM has them: rope is a slice of wider rows
+        rows = torch.full((*q.shape[:2], 192), float("nan"), dtype=q.dtype, device=device)
+        rows[..., 128:] = q[..., 512:]
+        q = q[..., :512].contiguous(), rows[..., 128:]
+    step = plan(steps_for(problem), problem)
+    check(problem, *step.decode(q, problem.cache.pool, case.softmax_scale))
+    check(problem, *step.decode(q, problem.cache.pool.squeeze(2), case.softmax_scale))  # another view, another check
+
+
+def test_one_plan_for_all_layers(device):
+    problem, other = (Problem.make(Case((70, 1, 0, 300), h_q=16, seed=seed), device) for seed in (0, 1))
+    other.cache.block_table.copy_(problem.cache.block_table)
+    other.cache.pool.nan_to_num_()
+    step = plan(steps_for(problem), problem)
+    check(problem, *step.decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
+    table = PagedKVCache.from_tensors(other.cache.pool, problem.cache.block_table, problem.cache.cache_seqlens)
+    layer = Problem(problem.case, other.q, table, other.out, other.lse)
+    check(layer, *step.decode(layer.q.flatten(0, 1), layer.cache.pool, problem.case.softmax_scale))
+
+
+def test_later_steps_refill_the_same_memory(device):
+    """what a captured graph has the addresses of; the engine's own tensor of lengths may move"""
+    problem = Problem.make(Case((300, 70, 64, 5), h_q=16), device)
+    steps = steps_for(problem)
+    first = plan(steps, problem)
+    addresses = [t.data_ptr() for t in (first.plan.items, first.plan.parts, first.plan.merges, first.plan.o_split)]
+    shorter = torch.tensor([65, 0, 64, 3], dtype=torch.int64, device=device)
+    step = steps.plan(problem.cache.block_table, shorter, 1)
+    assert [t.data_ptr() for t in (step.plan.items, step.plan.parts, step.plan.merges, step.plan.o_split)] == addresses
+    later = Problem(
+        Case((65, 0, 64, 3), h_q=16),
+        problem.q,
+        PagedKVCache.from_tensors(problem.cache.pool, problem.cache.block_table, shorter.int()),
+        problem.out,
+        problem.lse,
+    )
+    check(later, *step.decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
+    shorter[0], shorter[1] = 64, 1
+    step.refresh()
+    later.case = Case((64, 1, 64, 3), h_q=16)
+    check(later, *step.decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
+
+
+def test_plans_share_their_workspace(device):
+    problem = Problem.make(Case((70, 20, 300), h_q=16), device)
+    steps = steps_for(problem)
+    table, lengths = problem.cache.block_table, problem.cache.cache_seqlens
+    plans = [steps.plan(table[:batch], lengths[:batch], 1).plan for batch in (1, 2, 3)]
+    assert len({p.items.data_ptr() for p in plans}) == 3
+    if len({p.o_split.shape for p in plans}) == 1:
+        assert len({p.o_split.data_ptr() for p in plans}) == len({p.lse_split.data_ptr() for p in plans}) == 1
+
+
+def test_layers_are_remembered(device):
+    problem = Problem.make(Case((70, 20), h_q=16), device)
+    step = plan(steps_for(problem), problem)
+    q = problem.q.flatten(0, 1)
+    for _ in range(3):
+        step.decode(q, problem.cache.pool, 1.0)
+    assert len(step._caches) == 1 and len(step.plan.launches) == 1
+    step.decode(q, problem.cache.pool.clone(), 1.0)
+    assert len(step._caches) == 2
+
+
+def test_warm_up_compiles_what_a_step_launches(device, monkeypatch):
+    asked, get = [], compile.get
+    monkeypatch.setattr(compile, "get", lambda op, config: asked.append((op, config)) or get(op, config))
+    problem = Problem.make(Case((70, 20), h_q=16, s_q=2), device)
+    steps = steps_for(problem)
+    steps.warm_up(2)
+    warm = set(asked)
+    check(problem, *plan(steps, problem).decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
+    assert set(asked) == warm and len(warm) == 2
+
+
+# ---------------------------------------------------------------------- what is refused
+def test_wrong_rows_are_named(device):
+    problem = Problem.make(Case((70, 20), h_q=16, s_q=2), device)
+    step = plan(steps_for(problem), problem)
+    with pytest.raises(ValueError, match=r"q.shape is \(3, 16, 576\); allowed: \[4, heads, columns\], .* 2 requests of 2"):
+        step.decode(problem.q.flatten(0, 1)[:3], problem.cache.pool, 1.0)
+    with pytest.raises(ValueError, match=r"q.shape is \(2, 2, 8, 576\).*16"):
+        step.decode(problem.q.flatten(0, 1)[:, :8], problem.cache.pool, 1.0)
+
+
+def test_other_pages_are_refused(device):
+    with pytest.raises(ValueError, match=r"page size is 12; allowed: .*64"):
+        DecodeSteps(16, 12, torch.bfloat16, device)
+
+
+def test_batch_invariance_is_refused_or_planned(device):
+    if support.BATCH_INVARIANT:
+        steps = DecodeSteps(16, 64, torch.bfloat16, device, batch_invariant=True)
+        assert steps.options == {"batch_invariant": True}
+        steps.warm_up(1)
+    else:
+        with pytest.raises(ValueError, match="batch invariance"):
+            DecodeSteps(16, 64, torch.bfloat16, device, batch_invariant=True)
+
+
+def test_support_is_what_the_kernels_have():
+    assert 64 in support.PAGES and (512, 64) in support.WIDTHS and set(support.DTYPES) == {"bfloat16", "float16"}
+    assert support.why_not_widths(512, 64) is None
+    assert support.why_not_widths(256, 32) == "(kv_lora_rank, qk_rope_head_dim) is (256, 32); allowed: (512, 64)"
+    assert support.why_not_dtypes(torch.float16, torch.float16) is None
+    assert "cache's dtype is torch.float16; allowed: torch.bfloat16" in support.why_not_dtypes(torch.bfloat16, torch.float16)
+    assert "queries' dtype is torch.float32" in support.why_not_dtypes(torch.float32, torch.float32)
