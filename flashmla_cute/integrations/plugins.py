@@ -1,5 +1,5 @@
-"""The entry points: each names a backend to its engine.  An engine imports this module in all of its processes, early: nothing
-of an engine is imported before its function is called, and no kernel before a backend is chosen."""
+"""The entry points: each names a backend to its engine.  An engine loads them in all of its processes, early, so nothing of an
+engine is imported before its function is called, and its base classes not before the backend is chosen."""
 
 import logging
 

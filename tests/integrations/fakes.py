@@ -153,32 +153,23 @@ def _vllm() -> dict[str, dict[str, Any]]:
         def get_path(self):
             return overrides[self.name]
 
-    class Registry:
-        """the names of the enum, which the released one extends in place"""
-
-        CUSTOM = AttentionBackendEnum.CUSTOM
-        __members__ = dict(AttentionBackendEnum.__members__)
+    # (the released enum is extended in place)
+    registry = SimpleNamespace(CUSTOM=AttentionBackendEnum.CUSTOM, __members__=dict(AttentionBackendEnum.__members__))
 
     def register_backend(backend, path):
         if isinstance(backend, str):
-            assert backend not in Registry.__members__, "registered twice"
-            Registry.__members__[backend] = path
+            assert backend not in registry.__members__, "registered twice"
+            registry.__members__[backend] = path
         else:
             overrides[backend.name] = path
 
-    mla = [
-        QueryLenSupport,
-        MLACommonBackend,
-        MLACommonDecodeMetadata,
-        MLACommonImpl,
-        MLACommonMetadata,
-        MLACommonMetadataBuilder,
-    ]
-    attention = [AttentionCGSupport, AttentionType, CommonAttentionMetadata]
+    metadata = MLACommonDecodeMetadata, MLACommonMetadata, MLACommonMetadataBuilder
+    mla = QueryLenSupport, MLACommonBackend, MLACommonImpl, *metadata
+    attention = AttentionCGSupport, AttentionType, CommonAttentionMetadata
     contents = [
         {cls.__name__: cls for cls in mla},
         {cls.__name__: cls for cls in attention},
-        {"AttentionBackendEnum": Registry, "register_backend": register_backend},
+        {"AttentionBackendEnum": registry, "register_backend": register_backend},
         {"VLLM_BATCH_INVARIANT": False},
     ]
     return dict(zip(MODULES["vllm"], contents))
