@@ -3,9 +3,6 @@
 Written against the MLA base class of SGLang 0.5.23.
 """
 
-from math import e as E
-from math import log2
-
 import torch
 from sglang.kernels.ops.attention.dcp_kernels import create_mla_kv_page_table_for_dcp
 from sglang.kernels.ops.attention.kv_indices import (
@@ -20,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.utils import get_cuda_graph_max_batch_size
 
+from ..kernels.config import DecodeOptions
 from . import support
 from .plugins import SGLANG_NAME
 from .steps import DecodeStep, DecodeSteps
@@ -68,12 +66,13 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
         self.block_table = torch.zeros(rows, pages, dtype=torch.int32, device=self.device)
         self.steps = DecodeSteps(
             config.num_attention_heads // parallel.attn_tp_size * parallel.attn_dcp_size,
+            (config.kv_lora_rank, config.qk_rope_head_dim),
             page,
             model_runner.dtype,
             self.device,
             batch_invariant=get_exec().deterministic.enable_deterministic_inference,
+            options=DecodeOptions(lse_log2=parallel.attn_dcp_size > 1 and not _merges_natural_logs()),
         )
-        self.lse_factor = _lse_factor() if parallel.attn_dcp_size > 1 else 1.0
 
     # ------------------------------------------------------------------ a step
     def init_forward_metadata(self, forward_batch):
@@ -159,7 +158,7 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
         step: DecodeStep = self.forward_metadata
         out, lse = step.decode(q, pool, layer.scaling)
         out = out.flatten(1)
-        return out if get_parallel().attn_dcp_size == 1 else (out, lse * self.lse_factor)
+        return out if get_parallel().attn_dcp_size == 1 else (out, lse)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None):
         if forward_batch.forward_mode.is_target_verify():
@@ -168,8 +167,9 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
 
 
 def _why_not_page(page: int) -> str | None:
-    pages = [page for page in support.PAGES if page & (page - 1) == 0]  # (SGLang's table kernels count in powers of two)
-    return None if page in pages else f"--page-size is {page}; allowed: {', '.join(map(str, pages))}"
+    if page & (page - 1):
+        return f"--page-size is {page}; allowed: a power of 2 (SGLang's kernels that fill page tables count in them)"
+    return support.why_not_page(page, "--page-size")
 
 
 def _why_not_speculation(spec, dcp_size: int) -> str | None:
@@ -180,8 +180,8 @@ def _why_not_speculation(spec, dcp_size: int) -> str | None:
     return None
 
 
-def _lse_factor() -> float:
-    """Turns our natural logarithms into those that SGLang's merge expects of a backend of this name."""
+def _merges_natural_logs() -> bool:
+    """whether SGLang's context parallel merge takes lse of a backend of this name as a natural logarithm (0.5.23: to base 2)"""
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla import is_mla_dcp_lse_base_on_e
 
-    return 1.0 if is_mla_dcp_lse_base_on_e(SGLANG_NAME) else log2(E)
+    return is_mla_dcp_lse_base_on_e(SGLANG_NAME)

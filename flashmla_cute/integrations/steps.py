@@ -3,6 +3,7 @@
 import torch
 
 from ..decode import MAX_REMEMBERED, mla_decode
+from ..kernels.config import PLAIN, DecodeOptions
 from ..kv_cache import PagedKVCache
 from ..plan import DecodePlan
 from . import support
@@ -17,80 +18,96 @@ class DecodeSteps:
     need one each.
 
     num_heads        query heads of this rank, after a gather over context parallel ranks if there is one
+    widths           (latent, rope) columns of a token
     page             tokens of a cache page
     dtype            element type of queries and cache
     batch_invariant  a request's bits shall not depend on the rest of the batch
+    options          as DecodePlan takes them; lse_by_token is not needed
     Raises ValueError for what the kernels do not decode, RuntimeError for another GPU than Hopper.
     """
 
     def __init__(
-        self, num_heads: int, page: int, dtype: torch.dtype, device: torch.device | str, *, batch_invariant: bool = False
+        self,
+        num_heads: int,
+        widths: tuple[int, int],
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        batch_invariant: bool = False,
+        options: DecodeOptions = PLAIN,
     ):
-        support.need(support.why_not_page(page), support.why_not_batch_invariant() if batch_invariant else None)
-        self.num_heads = num_heads
-        self.options = {"batch_invariant": True} if batch_invariant else {}
+        support.need(support.why_not_widths(*widths), support.why_not_page(page), support.why_not_dtypes(dtype, dtype))
+        self.num_heads, self.latent = num_heads, widths[0]
+        self.arguments = dict(batch_invariant=batch_invariant, options=options)  # of a DecodePlan
         # Plans are made before an engine hands a layer's pool out.  They look at its shape only: one page stands for it.
-        self.pool = torch.empty(1, page, support.FORMATS[dtype].head_dim, dtype=dtype, device=device)
-        self._steps: dict[tuple[int, ...], DecodeStep] = {}
+        self.pool = torch.empty(1, page, sum(widths), dtype=dtype, device=device)
+        self._steps: dict[tuple, DecodeStep] = {}
         self._workspaces: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._joined = self.pool.new_empty(0, num_heads, self.pool.shape[-1])
 
-    def plan(self, block_table: torch.Tensor, cache_seqlens: torch.Tensor, num_queries: int) -> "DecodeStep":
+    def plan(
+        self,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        num_queries: int,
+        cu_seqlens_q: torch.Tensor | None = None,
+    ) -> "DecodeStep":
         """The step of a batch, planned on torch's current stream for the lengths as they are on the device: nothing is read on
         the host.  Under full CUDA graphs to be called before a capture or a replay, not inside.
 
         block_table    [batch, pages of the longest request] int32; a captured graph keeps its address
         cache_seqlens  [batch] int32 or int64, with the tokens of this step; copied: its address may change
-        num_queries    query tokens of every request
+        num_queries    query tokens of every request; with cu_seqlens_q: of any request at most
+        cu_seqlens_q   [batch + 1] int32: where each request's query tokens begin; copied
         """
-        key = (*block_table.shape, num_queries)
+        key = (*block_table.shape, num_queries, cu_seqlens_q is not None)
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = DecodeStep(self, block_table, num_queries)
-        step.block_table, step.cache_seqlens = block_table, cache_seqlens
+            step = self._steps[key] = DecodeStep(self, block_table, num_queries, ragged=key[-1])
+        step.block_table, step.cache_seqlens, step.cu_seqlens_q = block_table, cache_seqlens, cu_seqlens_q
         step.refresh()
         return step
 
-    def warm_up(self, num_queries: int):
+    def warm_up(self, num_queries: int, ragged: bool = False):
         """Compiles and loads what steps of `num_queries` query tokens launch: neither may happen inside a capture."""
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.pool.device)
+        starts = torch.tensor([0, num_queries], dtype=torch.int32, device=self.pool.device) if ragged else None
         q = self.pool.new_zeros(num_queries, self.num_heads, self.pool.shape[-1])
-        self.plan(table, torch.zeros_like(table[0]), num_queries).decode(q, self.pool, 1.0)
+        step = self.plan(table, torch.zeros_like(table[0]), num_queries, starts)
+        for queries in (q, (q[..., : self.latent], q[..., self.latent :])):
+            step.decode(queries, self.pool, 1.0)
 
     def share_workspace(self, plan: DecodePlan):
-        """One workspace for all plans of one size: a call is done with it before the next begins, and one for each of vLLM's 50
-        captured batch sizes would be up to 0.9 GB."""
-        mine = plan.o_split, plan.lse_split
-        plan.o_split, plan.lse_split = self._workspaces.setdefault(plan.o_split.shape, mine)
-
-    def joined(self, tokens: int) -> torch.Tensor:
-        """room for `tokens` joined queries; an earlier, smaller one lives on in the steps that were given it"""
-        if self._joined.shape[0] < tokens:
-            self._joined = self._joined.new_empty(tokens, *self._joined.shape[1:])
-        return self._joined[:tokens]
+        """Gives `plan` the largest workspace so far.  A call is done with it before the next begins, and one for each of vLLM's
+        50 captured batch sizes would be up to 0.9 GB.  A larger one replaces it for later plans; earlier ones keep theirs."""
+        slots, *sizes = plan.o_split.shape
+        largest = self._workspaces.get(tuple(sizes))
+        if largest is None or largest[0].shape[0] < slots:
+            self._workspaces[tuple(sizes)] = plan.o_split, plan.lse_split
+        else:
+            plan.o_split, plan.lse_split = (workspace[:slots] for workspace in largest)
 
 
 class DecodeStep:
     """One shape of batch: its plan, the lengths it was made for, and the caches of the layers seen so far."""
 
-    def __init__(self, steps: DecodeSteps, block_table: torch.Tensor, num_queries: int):
-        self.block_table = block_table
-        self.lengths = torch.zeros(block_table.shape[0], dtype=torch.int32, device=block_table.device)
-        self.cache_seqlens = self.lengths
-        cache = PagedKVCache.from_tensors(steps.pool, block_table, self.lengths)
-        self.plan = DecodePlan(cache, steps.num_heads, num_queries, **steps.options)
-        steps.share_workspace(self.plan)
-        # Without query pairs in the kernel the two parts are joined in memory that is allocated here, before any capture.
-        self._joined = None if support.QUERY_PAIRS else steps.joined(self.tokens)
+    def __init__(self, steps: DecodeSteps, block_table: torch.Tensor, num_queries: int, ragged: bool):
+        batch = block_table.shape[0]
+        zeros = lambda count: torch.zeros(count, dtype=torch.int32, device=block_table.device)
+        self.lengths, self.starts = zeros(batch), zeros(batch + 1) if ragged else None
+        self.block_table, self.cache_seqlens, self.cu_seqlens_q = block_table, self.lengths, self.starts
+        self.latent = steps.latent
         self._caches: dict[tuple[int, ...], PagedKVCache] = {}
-
-    @property
-    def tokens(self) -> int:
-        return self.plan.batch * self.plan.num_queries
+        shape = PagedKVCache.from_tensors(steps.pool, block_table, self.lengths, latent=self.latent)
+        count = dict(cu_seqlens_q=self.starts, max_seqlen_q=num_queries) if ragged else dict(num_queries=num_queries)
+        self.plan = DecodePlan(shape, steps.num_heads, **count, **steps.arguments)
+        steps.share_workspace(self.plan)
 
     def refresh(self) -> None:
-        """Plans for the lengths that cache_seqlens holds now, on torch's current stream.  Can be captured."""
+        """Plans for the lengths that cache_seqlens (and cu_seqlens_q) hold now, on torch's current stream.  Can be captured."""
         self.lengths.copy_(self.cache_seqlens)
+        if self.starts is not None:
+            self.starts.copy_(self.cu_seqlens_q)
         self.plan.update()
 
     def decode(
@@ -100,31 +117,44 @@ class DecodeStep:
 
         q     [tokens, num_heads, latent + rope], request after request, or the pair ([.., latent], [.., rope])
         pool  [pages, page, latent + rope] or [pages, page, 1, latent + rope]
-        Returns out [tokens, num_heads, latent] and lse [tokens, num_heads] float32, natural log, both contiguous; a row that
-        sees no token gives 0 and -inf.  Raises ValueError for other shapes, before any launch.
+        Returns out [tokens, num_heads, latent] and lse [tokens, num_heads] float32, both contiguous; a row that sees no token
+        gives 0 and -inf, a row of no request (ragged batches may have some) anything.
+        Raises ValueError for other shapes, before any launch.
         """
         plan = self.plan
-        part = q[0] if isinstance(q, tuple) else q
-        if part.dim() != 3 or part.shape[0] != self.tokens:
-            raise ValueError(
-                f"q.shape is {tuple(part.shape)}; allowed: [{self.tokens}, heads, columns], the step's {plan.batch} requests "
-                f"of {plan.num_queries} query tokens each"
-            )
-        if isinstance(q, tuple) and not support.QUERY_PAIRS:
-            q = torch.cat(q, dim=-1, out=self._joined)
-        by_request = lambda tensor: tensor.view(plan.batch, plan.num_queries, *tensor.shape[1:])
-        q = tuple(map(by_request, q)) if isinstance(q, tuple) else by_request(q)
-        out = torch.empty(plan.out_shape, dtype=pool.dtype, device=pool.device)
-        lse = torch.empty(plan.batch, plan.num_queries, plan.num_heads, dtype=torch.float32, device=pool.device)
-        mla_decode(q, self._cache(pool), plan, softmax_scale=softmax_scale, out=out, lse=lse.transpose(1, 2))
-        return out.flatten(0, 1), lse.flatten(0, 1)
+        parts = q if isinstance(q, tuple) else (q,)
+        if len(parts) == 2 and parts[1].shape[-1] == 0:  # (models without rope)
+            parts = parts[:1]
+        tokens, *row = parts[0].shape
+        out = torch.empty(tokens, plan.num_heads, self.latent, dtype=pool.dtype, device=pool.device)
+        lse = torch.empty(tokens, plan.num_heads, dtype=torch.float32, device=pool.device)
+        rows, results = parts, (out, lse)
+        if self.starts is None:  # every request has its axis
+            if len(row) != 2 or tokens != plan.batch * plan.num_queries:
+                raise ValueError(
+                    f"q.shape is {(tokens, *row)}; allowed: [{plan.batch * plan.num_queries}, heads, columns], the step's "
+                    f"{plan.batch} requests of {plan.num_queries} query tokens each"
+                )
+            by_request = lambda tensor: tensor.view(plan.batch, plan.num_queries, *tensor.shape[1:])
+            rows, results = map(by_request, parts), (by_request(out), by_request(lse).transpose(1, 2))
+        rows = tuple(rows)
+        mla_decode(
+            rows if len(rows) == 2 else rows[0],
+            self._cache(pool),
+            plan,
+            softmax_scale=softmax_scale,
+            out=results[0],
+            lse=results[1],
+        )
+        return out, lse
 
     def _cache(self, pool: torch.Tensor) -> PagedKVCache:
-        """The layer's cache.  Kept, so that a layer is checked once and not at every step (mla_decode remembers caches)."""
+        """The layer's cache.  Kept, so that a layer is checked once and not at every step: mla_decode remembers caches."""
         key = pool.data_ptr(), self.block_table.data_ptr(), self.block_table.stride(0)
         cache = self._caches.get(key)
         if cache is None:
             if len(self._caches) >= MAX_REMEMBERED:
                 self._caches.clear()
-            cache = self._caches[key] = PagedKVCache.from_tensors(pool, self.block_table, self.lengths)
+            cache = PagedKVCache.from_tensors(pool, self.block_table, self.lengths, latent=self.latent)
+            self._caches[key] = cache
         return cache

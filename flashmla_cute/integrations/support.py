@@ -3,50 +3,34 @@
 from inspect import signature
 
 from .. import checks
-from ..decode import mla_decode
-from ..kernels.config import MLAConfig
+from ..kernels.config import DIMS, MAX_PAGE, PAGE_STEP
 from ..plan import DecodePlan
 
-FORMATS = {dtype: kv for dtype, kv in checks.DTYPES.items() if kv.itemsize == 2}  # queries and cache of one 16-bit type
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FORMATS}
-WIDTHS = tuple(dict.fromkeys((kv.latent, kv.rope) for kv in FORMATS.values()))
-MAX_PAGE = 1024
-
-
-def _takes_page(page: int) -> bool:
-    try:
-        MLAConfig(page=page)
-    except ValueError:
-        return False
-    return True
-
-
-PAGES = tuple(page for page in range(8, MAX_PAGE + 1, 8) if _takes_page(page))
-QUERY_PAIRS = "tuple" in str(signature(mla_decode).parameters["q"].annotation)  # (latent, rope) as two tensors
-BATCH_INVARIANT = "batch_invariant" in signature(DecodePlan).parameters
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.DTYPES}  # queries and cache are of one type
+WIDTHS = DIMS  # (latent, rope) columns of a token
+PAGES = range(PAGE_STEP, MAX_PAGE + 1, PAGE_STEP)  # tokens
+RAGGED = "cu_seqlens_q" in signature(DecodePlan).parameters  # requests of one batch with different numbers of query tokens
 
 
 def why_not_widths(latent: int, rope: int) -> str | None:
     """What the kernels lack for tokens of `latent` + `rope` columns, in words; None if nothing."""
     if (latent, rope) in WIDTHS:
         return None
-    return f"(kv_lora_rank, qk_rope_head_dim) is ({latent}, {rope}); allowed: {_listed(WIDTHS)}"
+    return f"(kv_lora_rank, qk_rope_head_dim) is ({latent}, {rope}); allowed: {', '.join(map(str, WIDTHS))}"
 
 
 def why_not_dtypes(query, cache) -> str | None:
     """the same of the element types of absorbed queries and cache"""
-    if query not in FORMATS:
-        return f"the queries' dtype is {query}; allowed: {_listed(FORMATS)}"
+    if query not in DTYPES.values():
+        return f"the queries' dtype is {query}; allowed: {' or '.join(map(str, DTYPES.values()))}"
     return None if cache == query else f"the cache's dtype is {cache}; allowed: {query}, the queries'"
 
 
-def why_not_page(page: int) -> str | None:
-    """the same of a page of `page` tokens"""
-    return None if page in PAGES else f"the page size is {page}; allowed: {_listed(PAGES)}"
-
-
-def why_not_batch_invariant() -> str | None:
-    return None if BATCH_INVARIANT else "batch invariance was asked for; the installed DecodePlan does not offer it"
+def why_not_page(page: int, name: str = "the page size") -> str | None:
+    """the same of pages of `page` tokens"""
+    if page in PAGES:
+        return None
+    return f"{name} is {page}; allowed: multiples of {PAGES.step} from {PAGES[0]} to {PAGES[-1]}"
 
 
 def need(*reasons: str | None):
@@ -54,7 +38,3 @@ def need(*reasons: str | None):
     for reason in reasons:
         if reason is not None:
             raise ValueError(f"flashmla_cute: {reason}")
-
-
-def _listed(values) -> str:
-    return ", ".join(map(str, values))

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
+from ..kernels.config import TILE
 from . import support
 from .plugins import VLLM_NAME
 from .steps import DecodeStep, DecodeSteps
@@ -44,8 +45,14 @@ class FlashMLACuteBackend(MLACommonBackend):
         return [page for page in support.PAGES if page % 16 == 0]  # (vLLM's blocks are multiples of 16)
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Whole tiles: in smaller pages a tile of 64 tokens is eight loads, not one."""
+        return default_block_size if default_block_size % TILE == 0 else TILE
+
+    @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [latent + rope for latent, rope in support.WIDTHS]
+        mine = {latent + rope for latent, rope in support.WIDTHS}
+        return [size for size in super().get_supported_head_sizes() if size in mine]  # (vLLM's metadata accept no others)
 
     @classmethod
     def supports_compute_capability(cls, capability) -> bool:
@@ -53,11 +60,11 @@ class FlashMLACuteBackend(MLACommonBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        return support.BATCH_INVARIANT
+        return True
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False  # a plan's number of query tokens comes from the host
+        return False  # whether a batch is ragged is decided by the host's lengths
 
     @classmethod
     def supports_combination(
@@ -88,7 +95,7 @@ class FlashMLACuteMetadata(MLACommonMetadata[FlashMLACuteDecodeMetadata]):
 
 class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN if support.RAGGED else QueryLenSupport.UNIFORM
     # Requests of more query tokens are prefill; vLLM raises it to 1 + speculative tokens.  Longer ones would decode too, but
     # every number of query tokens is a plan of its own.
     reorder_batch_threshold: int = 1
@@ -98,6 +105,7 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         # Under context parallelism all ranks' heads meet the tokens of this rank.
         self.steps = DecodeSteps(
             self.num_heads * self.dcp_world_size,
+            (self.mla_dims.kv_lora_rank, self.mla_dims.qk_rope_head_dim),
             self.page_size,
             kv_cache_spec.dtype,
             device,
@@ -107,6 +115,8 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
         for num_queries in range(1, self.reorder_batch_threshold + 1):
             self.steps.warm_up(num_queries)
+            if support.RAGGED and num_queries > 1:
+                self.steps.warm_up(num_queries, ragged=True)
 
     def _build_decode(
         self,
@@ -120,18 +130,21 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         dcp_tot_seq_lens_device: torch.Tensor | None,
     ) -> FlashMLACuteDecodeMetadata:
         num_decodes = block_table_tensor.shape[0]
-        num_queries, rest = divmod(num_decode_tokens, num_decodes)
         lengths = query_start_loc_cpu.diff().tolist()
-        if rest or any(length not in (0, num_queries) for length in lengths):  # (0: a request that pads a graph's batch)
-            raise ValueError(
-                f"{VLLM_NAME}: the query lengths of {num_decodes} decodes with {num_decode_tokens} tokens are {lengths}; "
-                "allowed: one for all"
-            )
+        num_queries, starts = max(*lengths, 1), None
+        # One number of query tokens for all, or 0 for requests that pad a captured batch: the form that graphs are captured in.
+        if num_decode_tokens != num_decodes * num_queries or not {*lengths} <= {0, num_queries}:
+            if not support.RAGGED:
+                raise ValueError(
+                    f"{VLLM_NAME}: the query lengths of {num_decodes} decodes with {num_decode_tokens} tokens are {lengths}; "
+                    "allowed: one for all"
+                )
+            starts = query_start_loc_device
         return FlashMLACuteDecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=dcp_tot_seq_lens_device,
-            step=self.steps.plan(block_table_tensor, seq_lens_device, num_queries),
+            step=self.steps.plan(block_table_tensor, seq_lens_device, num_queries, starts),
         )
 
     def update_draft_decode_metadata(self, metadata: FlashMLACuteMetadata) -> None:

@@ -60,6 +60,7 @@ def install(engine: str, monkeypatch):
 # ---------------------------------------------------------------------- vLLM
 class QueryLenSupport(Enum):
     UNIFORM = "uniform"
+    VARLEN = "varlen"
 
 
 class AttentionCGSupport(Enum):
@@ -86,7 +87,9 @@ class CommonAttentionMetadata:
 
 
 class MLACommonBackend:
-    pass
+    @classmethod
+    def get_supported_head_sizes(cls):
+        return [320, 512, 576]
 
 
 @dataclass
@@ -110,6 +113,7 @@ class MLACommonMetadataBuilder(Generic[M]):
         self.metadata_cls = metadata_cls
         self.page_size, self.device = kv_cache_spec.block_size, device
         self.num_heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.mla_dims = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.dcp_world_size = vllm_config.parallel_config.decode_context_parallel_size
         if vllm_config.speculative_config is not None and self.dcp_world_size == 1:
             self.reorder_batch_threshold = 1 + vllm_config.speculative_config.num_speculative_tokens

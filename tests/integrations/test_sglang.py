@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashmla_cute.integrations import plugins, support
+from flashmla_cute.integrations import plugins
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import Case, Problem
 
@@ -271,7 +271,8 @@ def test_a_captured_graph_follows_its_steps(sglang, monkeypatch):
 @pytest.mark.parametrize(
     "changes, context, message",
     [
-        (dict(page_size=1), {}, "--page-size is 1; allowed: .*64"),
+        (dict(page_size=1), {}, "--page-size is 1; allowed: multiples of 8"),
+        (dict(page_size=48), {}, "--page-size is 48; allowed: a power of 2"),
         (dict(kv_cache_dtype=torch.float8_e5m2), {}, "cache's dtype is torch.float8_e5m2; allowed: torch.bfloat16"),
         (dict(use_mla_backend=False), {}, "has no latent attention"),
         ({}, dict(drafts=4, topk=4), "--speculative-eagle-topk is 4; allowed: 1"),
@@ -285,14 +286,11 @@ def test_other_servers_are_refused(sglang, device, monkeypatch, changes, context
         make_backend(sglang, monkeypatch, make_runner(problem, **changes), **context)
 
 
-def test_determinism_needs_batch_invariance(sglang, device, monkeypatch):
+def test_determinism_makes_plans_batch_invariant(sglang, device, monkeypatch):
     problem = Problem.make(ScaledCase((70, 20), h_q=H), device)
-    if support.BATCH_INVARIANT:
-        backend = make_backend(sglang, monkeypatch, make_runner(problem), deterministic=True)
-        assert backend.steps.options == {"batch_invariant": True}
-    else:
-        with pytest.raises(ValueError, match="batch invariance"):
-            make_backend(sglang, monkeypatch, make_runner(problem), deterministic=True)
+    for wanted in (False, True):
+        backend = make_backend(sglang, monkeypatch, make_runner(problem), deterministic=wanted)
+        assert backend.steps.arguments["batch_invariant"] is wanted
 
 
 @pytest.mark.parametrize("changes", [dict(logit_cap=30.0), dict(sliding_window_size=128)], ids=str)

@@ -1,5 +1,7 @@
 """DecodeSteps: what both plugins share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,11 +10,18 @@ from flashmla_cute.integrations import support
 from flashmla_cute.integrations.steps import DecodeSteps
 from flashmla_cute.testing import Case, Problem
 
-CASES = [Case((70, 1, 0, 300), h_q=16), Case((130, 64, 7), h_q=5, s_q=3), Case((65, 200), h_q=8, dtype=torch.float16)]
+CASES = [
+    Case((70, 1, 0, 300), h_q=16),
+    Case((130, 64, 7), h_q=5, s_q=3),
+    Case((65, 200), h_q=8, dtype=torch.float16, page=16),
+    Case((65, 200), h_q=8, latent=512, rope=0, page=128),
+    Case((65, 20), h_q=8, latent=256, rope=64),
+]
 
 
 def steps_for(problem: Problem, **options) -> DecodeSteps:
-    return DecodeSteps(problem.case.h_q, problem.cache.page, problem.case.dtype, problem.q.device, **options)
+    case = problem.case
+    return DecodeSteps(case.h_q, (case.latent, case.rope), case.page, case.dtype, problem.q.device, **options)
 
 
 def plan(steps: DecodeSteps, problem: Problem):
@@ -23,10 +32,10 @@ def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
     """out [tokens, heads, latent] and lse [tokens, heads], contiguous, against float64"""
     case = problem.case
     tokens = len(case.lengths) * case.s_q
-    assert out.shape == (tokens, case.h_q, 512) and out.is_contiguous() and out.dtype == case.dtype
+    assert out.shape == (tokens, case.h_q, case.latent) and out.is_contiguous() and out.dtype == case.dtype
     assert lse.shape == (tokens, case.h_q) and lse.is_contiguous() and lse.dtype == torch.float32
     by_request = lse.view(-1, case.s_q, case.h_q).transpose(1, 2)
-    errors = problem.errors(out.view(-1, case.s_q, case.h_q, 512), by_request)
+    errors = problem.errors(out.view(-1, case.s_q, case.h_q, case.latent), by_request)
     assert errors.within(case.dtype), f"{errors}\n{case}"
 
 
@@ -36,9 +45,9 @@ def test_a_step_decodes(device, case, pair):
     problem = Problem.make(case, device)
     q = problem.q.flatten(0, 1)
     if pair:  # as vLLM has them: rope is a slice of wider rows
-        rows = torch.full((*q.shape[:2], 192), float("nan"), dtype=q.dtype, device=device)
-        rows[..., 128:] = q[..., 512:]
-        q = q[..., :512].contiguous(), rows[..., 128:]
+        rows = torch.full((*q.shape[:2], 128 + case.rope), float("nan"), dtype=q.dtype, device=device)
+        rows[..., 128:] = q[..., case.latent :]
+        q = q[..., : case.latent].contiguous(), rows[..., 128:]
     step = plan(steps_for(problem), problem)
     check(problem, *step.decode(q, problem.cache.pool, case.softmax_scale))
     check(problem, *step.decode(q, problem.cache.pool.squeeze(2), case.softmax_scale))  # another view, another check
@@ -78,14 +87,36 @@ def test_later_steps_refill_the_same_memory(device):
     check(later, *step.decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
 
 
-def test_plans_share_their_workspace(device):
-    problem = Problem.make(Case((70, 20, 300), h_q=16), device)
+@pytest.mark.skipif(not support.RAGGED, reason="the installed DecodePlan takes no cu_seqlens_q")
+@pytest.mark.parametrize("pair", [False, True], ids=["joined", "pair"])
+def test_a_ragged_step_decodes(device, pair):
+    """requests of 2, 0, 1 and 4 query tokens, and rows of q behind them that are nobody's"""
+    counts, case = (2, 0, 1, 4), Case((70, 12, 1, 300), h_q=16, s_q=4)
+    problem = Problem.make(case, device)
+    starts = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    q = torch.cat([problem.q[i, :n] for i, n in enumerate(counts)] + [torch.full_like(problem.q[0, :2], float("nan"))])
     steps = steps_for(problem)
+    step = steps.plan(problem.cache.block_table, problem.cache.cache_seqlens, 4, starts)
+    out, lse = step.decode((q[..., :512], q[..., 512:]) if pair else q, problem.cache.pool, case.softmax_scale)
+    assert out.shape == (9, 16, 512) and lse.shape == (9, 16)
+    for i, n in enumerate(counts):
+        rows = slice(int(starts[i]), int(starts[i + 1]))
+        one = replace(case, lengths=case.lengths[i : i + 1], s_q=n)
+        cache = PagedKVCache.from_tensors(
+            problem.cache.pool, problem.cache.block_table[i : i + 1], problem.cache.cache_seqlens[i : i + 1]
+        )
+        check(Problem(one, q[rows].unsqueeze(0), cache, None, None), out[rows], lse[rows]) if n else None
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_plans_share_the_largest_workspace(device, batch_invariant):
+    problem = Problem.make(Case((70, 20, 300), h_q=16), device)
+    steps = steps_for(problem, batch_invariant=batch_invariant)
     table, lengths = problem.cache.block_table, problem.cache.cache_seqlens
-    plans = [steps.plan(table[:batch], lengths[:batch], 1).plan for batch in (1, 2, 3)]
+    plans = [steps.plan(table[:batch], lengths[:batch], 1).plan for batch in (3, 2, 1)]
     assert len({p.items.data_ptr() for p in plans}) == 3
-    if len({p.o_split.shape for p in plans}) == 1:
-        assert len({p.o_split.data_ptr() for p in plans}) == len({p.lse_split.data_ptr() for p in plans}) == 1
+    assert len({p.o_split.data_ptr() for p in plans}) == len({p.lse_split.data_ptr() for p in plans}) == 1
+    check(problem, *plan(steps, problem).decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
 
 
 def test_layers_are_remembered(device):
@@ -107,7 +138,9 @@ def test_warm_up_compiles_what_a_step_launches(device, monkeypatch):
     steps.warm_up(2)
     warm = set(asked)
     check(problem, *plan(steps, problem).decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
-    assert set(asked) == warm and len(warm) == 2
+    latent, rope = problem.q.flatten(0, 1).split([512, 64], -1)
+    check(problem, *plan(steps, problem).decode((latent, rope), problem.cache.pool, problem.case.softmax_scale))
+    assert set(asked) == warm and len(warm) == 3
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -120,25 +153,19 @@ def test_wrong_rows_are_named(device):
         step.decode(problem.q.flatten(0, 1)[:, :8], problem.cache.pool, 1.0)
 
 
-def test_other_pages_are_refused(device):
-    with pytest.raises(ValueError, match=r"page size is 12; allowed: .*64"):
-        DecodeSteps(16, 12, torch.bfloat16, device)
+def test_other_formats_are_refused(device):
+    bf16 = torch.bfloat16
+    with pytest.raises(ValueError, match=r"page size is 12; allowed: multiples of 8 from 8 to 1024"):
+        DecodeSteps(16, (512, 64), 12, bf16, device)
+    with pytest.raises(ValueError, match=r"qk_rope_head_dim\) is \(448, 64\); allowed: \(512, 64\)"):
+        DecodeSteps(16, (448, 64), 64, bf16, device)
+    with pytest.raises(ValueError, match=r"dtype is torch.float32; allowed: torch.bfloat16 or torch.float16"):
+        DecodeSteps(16, (512, 64), 64, torch.float32, device)
 
 
-def test_batch_invariance_is_refused_or_planned(device):
-    if support.BATCH_INVARIANT:
-        steps = DecodeSteps(16, 64, torch.bfloat16, device, batch_invariant=True)
-        assert steps.options == {"batch_invariant": True}
-        steps.warm_up(1)
-    else:
-        with pytest.raises(ValueError, match="batch invariance"):
-            DecodeSteps(16, 64, torch.bfloat16, device, batch_invariant=True)
-
-
-def test_support_is_what_the_kernels_have():
+def test_reasons():
     assert 64 in support.PAGES and (512, 64) in support.WIDTHS and set(support.DTYPES) == {"bfloat16", "float16"}
-    assert support.why_not_widths(512, 64) is None
-    assert support.why_not_widths(256, 32) == "(kv_lora_rank, qk_rope_head_dim) is (256, 32); allowed: (512, 64)"
+    assert support.why_not_widths(512, 64) is support.why_not_page(64) is None
+    assert support.why_not_page(1, "--page-size").startswith("--page-size is 1; allowed: multiples of 8 from 8")
     assert support.why_not_dtypes(torch.float16, torch.float16) is None
     assert "cache's dtype is torch.float16; allowed: torch.bfloat16" in support.why_not_dtypes(torch.bfloat16, torch.float16)
-    assert "queries' dtype is torch.float32" in support.why_not_dtypes(torch.float32, torch.float32)

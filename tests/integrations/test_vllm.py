@@ -233,8 +233,10 @@ def test_the_backend_says_what_the_kernels_do(vllm):
     assert backend.get_builder_cls() is vllm.FlashMLACuteMetadataBuilder and backend.get_impl_cls() is vllm.FlashMLACuteImpl
     assert backend.supported_kv_cache_dtypes == ["auto", *support.DTYPES]
     blocks = backend.get_supported_kernel_block_sizes()
-    assert 64 in blocks and all(block in support.PAGES and block % 16 == 0 for block in blocks)
-    assert backend.supports_batch_invariance() is support.BATCH_INVARIANT
+    assert {16, 64, 1024} <= {*blocks} and all(block in support.PAGES and block % 16 == 0 for block in blocks)
+    assert [backend.get_preferred_block_size(size) for size in (16, 64, 256)] == [64, 64, 256]
+    assert backend.get_supported_head_sizes() == [320, 512, 576]
+    assert backend.supports_batch_invariance()
     capability = lambda *version: SimpleNamespace(major=version[0], minor=version[1])
     assert backend.supports_compute_capability(capability(9, 0))
     assert not backend.supports_compute_capability(capability(10, 0))
@@ -251,12 +253,25 @@ def test_combinations(vllm):
         assert "cache's dtype is fp8" in reason(torch.bfloat16, "fp8")
 
 
-def test_ragged_queries_are_refused(vllm, device, monkeypatch):
+def test_ragged_queries(vllm, device, monkeypatch):
+    """requests of 1 and 3 query tokens in one batch"""
     builder = make_builder(vllm, device, monkeypatch, speculative=2)
     problem = make_problem(device, (70, 20), s_q=2)
-    with pytest.raises(ValueError, match=r"query lengths of 2 decodes with 4 tokens are \[1, 3\]; allowed: one for all"):
-        starts = torch.tensor([0, 1, 4], dtype=torch.int32)
-        builder._build_decode(problem.cache.block_table, problem.cache.cache_seqlens, 70, starts, starts, 4, 3, None)
+    batch = common(problem, [1, 3])
+    batch.max_query_len = 3
+    if not support.RAGGED:
+        with pytest.raises(ValueError, match=r"query lengths of 2 decodes with 4 tokens are \[1, 3\]; allowed: one for all"):
+            starts = batch.query_start_loc
+            builder._build_decode(problem.cache.block_table, problem.cache.cache_seqlens, 70, starts.cpu(), starts, 4, 3, None)
+        return
+    metadata = builder.build(0, batch)
+    assert metadata.num_decodes == 2
+    out, _ = make_impl(vllm, monkeypatch).forward_mqa(pair(problem), layer_cache(problem), metadata, None)
+    q = problem.q.flatten(0, 1)
+    for request, rows in enumerate((slice(0, 1), slice(1, 4))):
+        table, length = problem.cache.block_table[request : request + 1], problem.case.lengths[request]
+        want, _ = reference_decode(q[rows].unsqueeze(0), problem.cache.pool, table, [length], SCALE, True, 512)
+        assert (out[rows] - want[0]).norm() / want.norm() < 4e-3
 
 
 @pytest.mark.parametrize(
@@ -266,7 +281,7 @@ def test_ragged_queries_are_refused(vllm, device, monkeypatch):
         (dict(sliding_window=128), "sliding_window is 128"),
         (dict(logits_soft_cap=30.0), "logits_soft_cap is 30.0"),
         (dict(attn_type="encoder"), "attn_type is encoder"),
-        (dict(kv_lora_rank=256), r"\(256, 64\); allowed: \(512, 64\)"),
+        (dict(kv_lora_rank=448), r"\(448, 64\); allowed: \(512, 64\)"),
     ],
 )
 def test_other_layers_are_refused(vllm, monkeypatch, changes, message):
@@ -275,12 +290,9 @@ def test_other_layers_are_refused(vllm, monkeypatch, changes, message):
 
 
 def test_batch_invariance_comes_from_vllms_switch(vllm, device, monkeypatch):
+    assert make_builder(vllm, device, monkeypatch).steps.arguments["batch_invariant"] is False
     monkeypatch.setattr(vllm.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    if support.BATCH_INVARIANT:
-        assert make_builder(vllm, device, monkeypatch).steps.options == {"batch_invariant": True}
-    else:
-        with pytest.raises(ValueError, match="batch invariance"):
-            make_builder(vllm, device, monkeypatch)
+    assert make_builder(vllm, device, monkeypatch).steps.arguments["batch_invariant"] is True
 
 
 # ---------------------------------------------------------------------- registration
@@ -318,11 +330,13 @@ def test_vllms_own_validation(vllm):
         return backend.validate_configuration(**{**usual, **changes})
 
     assert reasons() == reasons(block_size=128) == reasons(use_dcp=True) == reasons(kv_cache_dtype="bfloat16") == []
-    assert reasons(head_size=320) == ["head_size not supported"]
+    assert reasons(head_size=320) == reasons(block_size=16) == []
+    assert reasons(head_size=256) == ["head_size not supported"]
+    assert reasons(block_size=8) == ["block_size not supported"]
     assert "sparse not supported" in reasons(use_sparse=True)
     assert "attention sinks not supported" in reasons(has_sink=True)
     assert "PCP not supported" in reasons(use_pcp=True)
     assert "compute capability not supported" in reasons(device_capability=SimpleNamespace(major=10, minor=0))
-    assert ("batch invariance not supported" in reasons(use_batch_invariant=True)) is not support.BATCH_INVARIANT
+    assert reasons(use_batch_invariant=True) == []
     assert any("adaptive verification" in reason for reason in reasons(use_adaptive_verification=True))
     assert any("cache's dtype" in reason for reason in reasons(dtype=torch.float16, kv_cache_dtype="bfloat16"))
