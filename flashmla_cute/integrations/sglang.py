@@ -51,7 +51,6 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
         config, parallel, spec = model_runner.model_config, get_parallel(), get_spec()
         page = model_runner.page_size
         support.need(
-            support.why_not_widths(config.kv_lora_rank, config.qk_rope_head_dim),
             support.why_not_dtypes(model_runner.dtype, model_runner.kv_cache_dtype),
             _why_not_page(page),
             _why_not_speculation(spec, parallel.attn_dcp_size),
@@ -69,6 +68,7 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
             (config.kv_lora_rank, config.qk_rope_head_dim),
             page,
             model_runner.dtype,
+            model_runner.kv_cache_dtype,
             self.device,
             batch_invariant=get_exec().deterministic.enable_deterministic_inference,
             options=DecodeOptions(lse_log2=parallel.attn_dcp_size > 1 and not _merges_natural_logs()),
@@ -156,6 +156,7 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
             q = q.view(-1, heads, layer.v_head_dim), q_rope.view(-1, heads, layer.head_dim - layer.v_head_dim)
         pool = paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), self.page_size)
         step: DecodeStep = self.forward_metadata
+        # (SGLang's pool casts to FP8 and leaves layer.k_scale aside, so what it holds is to scale)
         out, lse = step.decode(q, pool, layer.scaling)
         out = out.flatten(1)
         return out if get_parallel().attn_dcp_size == 1 else (out, lse)

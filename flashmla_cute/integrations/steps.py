@@ -20,7 +20,8 @@ class DecodeSteps:
     num_heads        query heads of this rank, after a gather over context parallel ranks if there is one
     widths           (latent, rope) columns of a token
     page             tokens of a cache page
-    dtype            element type of queries and cache
+    dtype            element type of the queries, and of out
+    cache_dtype      that of the cache
     batch_invariant  a request's bits shall not depend on the rest of the batch
     options          as DecodePlan takes them; lse_by_token is not needed
     Raises ValueError for what the kernels do not decode, RuntimeError for another GPU than Hopper.
@@ -32,16 +33,19 @@ class DecodeSteps:
         widths: tuple[int, int],
         page: int,
         dtype: torch.dtype,
+        cache_dtype: torch.dtype,
         device: torch.device | str,
         *,
         batch_invariant: bool = False,
         options: DecodeOptions = PLAIN,
     ):
-        support.need(support.why_not_widths(*widths), support.why_not_page(page), support.why_not_dtypes(dtype, dtype))
-        self.num_heads, self.latent = num_heads, widths[0]
+        support.need(support.why_not_dtypes(dtype, cache_dtype), support.why_not_page(page))
+        support.need(support.why_not_widths(*widths, cache_dtype))
+        self.num_heads, self.latent, self.dtype = num_heads, widths[0], dtype
         self.arguments = dict(batch_invariant=batch_invariant, options=options)  # of a DecodePlan
         # Plans are made before an engine hands a layer's pool out.  They look at its shape only: one page stands for it.
-        self.pool = torch.empty(1, page, sum(widths), dtype=dtype, device=device)
+        self.pool = torch.empty(1, page, sum(widths), dtype=cache_dtype, device=device)
+        self.one = torch.ones(1, device=device)  # a scale
         self._steps: dict[tuple, DecodeStep] = {}
         self._workspaces: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -72,7 +76,7 @@ class DecodeSteps:
         """Compiles and loads what steps of `num_queries` query tokens launch: neither may happen inside a capture."""
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.pool.device)
         starts = torch.tensor([0, num_queries], dtype=torch.int32, device=self.pool.device) if ragged else None
-        q = self.pool.new_zeros(num_queries, self.num_heads, self.pool.shape[-1])
+        q = self.pool.new_zeros(num_queries, self.num_heads, self.pool.shape[-1], dtype=self.dtype)
         step = self.plan(table, torch.zeros_like(table[0]), num_queries, starts)
         for queries in (q, (q[..., : self.latent], q[..., self.latent :])):
             step.decode(queries, self.pool, 1.0)
@@ -96,9 +100,9 @@ class DecodeStep:
         zeros = lambda count: torch.zeros(count, dtype=torch.int32, device=block_table.device)
         self.lengths, self.starts = zeros(batch), zeros(batch + 1) if ragged else None
         self.block_table, self.cache_seqlens, self.cu_seqlens_q = block_table, self.lengths, self.starts
-        self.latent = steps.latent
+        self.latent, self.one = steps.latent, steps.one
         self._caches: dict[tuple[int, ...], PagedKVCache] = {}
-        shape = PagedKVCache.from_tensors(steps.pool, block_table, self.lengths, latent=self.latent)
+        shape = self._make_cache(steps.pool, None)
         count = dict(cu_seqlens_q=self.starts, max_seqlen_q=num_queries) if ragged else dict(num_queries=num_queries)
         self.plan = DecodePlan(shape, steps.num_heads, **count, **steps.arguments)
         steps.share_workspace(self.plan)
@@ -111,12 +115,17 @@ class DecodeStep:
         self.plan.update()
 
     def decode(
-        self, q: torch.Tensor | tuple[torch.Tensor, torch.Tensor], pool: torch.Tensor, softmax_scale: float
+        self,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        pool: torch.Tensor,
+        softmax_scale: float,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Causal decode of one layer.
 
-        q     [tokens, num_heads, latent + rope], request after request, or the pair ([.., latent], [.., rope])
-        pool  [pages, page, latent + rope] or [pages, page, 1, latent + rope]
+        q      [tokens, num_heads, latent + rope], request after request, or the pair ([.., latent], [.., rope])
+        pool   [pages, page, latent + rope] or [pages, page, 1, latent + rope]
+        scale  what the numbers of an FP8 pool are multiplied by, a float32 of one element on the device; None: 1
         Returns out [tokens, num_heads, latent] and lse [tokens, num_heads] float32, both contiguous; a row that sees no token
         gives 0 and -inf, a row of no request (ragged batches may have some) anything.
         Raises ValueError for other shapes, before any launch.
@@ -126,7 +135,7 @@ class DecodeStep:
         if len(parts) == 2 and parts[1].shape[-1] == 0:  # (models without rope)
             parts = parts[:1]
         tokens, *row = parts[0].shape
-        out = torch.empty(tokens, plan.num_heads, self.latent, dtype=pool.dtype, device=pool.device)
+        out = torch.empty(tokens, plan.num_heads, self.latent, dtype=parts[0].dtype, device=pool.device)
         lse = torch.empty(tokens, plan.num_heads, dtype=torch.float32, device=pool.device)
         rows, results = parts, (out, lse)
         if self.starts is None:  # every request has its axis
@@ -140,7 +149,7 @@ class DecodeStep:
         rows = tuple(rows)
         mla_decode(
             rows if len(rows) == 2 else rows[0],
-            self._cache(pool),
+            self._cache(pool, scale),
             plan,
             softmax_scale=softmax_scale,
             out=results[0],
@@ -148,13 +157,18 @@ class DecodeStep:
         )
         return out, lse
 
-    def _cache(self, pool: torch.Tensor) -> PagedKVCache:
+    def _cache(self, pool: torch.Tensor, scale: torch.Tensor | None) -> PagedKVCache:
         """The layer's cache.  Kept, so that a layer is checked once and not at every step: mla_decode remembers caches."""
         key = pool.data_ptr(), self.block_table.data_ptr(), self.block_table.stride(0)
         cache = self._caches.get(key)
         if cache is None:
             if len(self._caches) >= MAX_REMEMBERED:
                 self._caches.clear()
-            cache = PagedKVCache.from_tensors(pool, self.block_table, self.lengths, latent=self.latent)
-            self._caches[key] = cache
+            cache = self._caches[key] = self._make_cache(pool, scale)
         return cache
+
+    def _make_cache(self, pool: torch.Tensor, scale: torch.Tensor | None) -> PagedKVCache:
+        scales = {}
+        if pool.dtype in support.FP8_CACHES:  # (tensors, also for 1: a number would be copied to the device, in a capture)
+            scales = dict(scale=self.one if scale is None else scale, q_scale=self.one)
+        return PagedKVCache.from_tensors(pool, self.block_table, self.lengths, latent=self.latent, **scales)

@@ -23,10 +23,21 @@ from . import support
 from .plugins import VLLM_NAME
 from .steps import DecodeStep, DecodeSteps
 
+# vLLM's names of cache types
+KV_CACHE_DTYPES = {
+    name: dtype
+    for name, dtype in {**support.DTYPES, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}.items()
+    if dtype in support.CACHES
+}
+
+
+def cache_dtype(name: str | None, model: torch.dtype):
+    return model if name in (None, "auto") else KV_CACHE_DTYPES.get(name, name)
+
 
 class FlashMLACuteBackend(MLACommonBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = list(support.DTYPES.values())
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *support.DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *KV_CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:
@@ -51,7 +62,7 @@ class FlashMLACuteBackend(MLACommonBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        mine = {latent + rope for latent, rope in support.WIDTHS}
+        mine = {sum(widths) for cache in support.CACHES.values() for widths in cache}
         return [size for size in super().get_supported_head_sizes() if size in mine]  # (vLLM's metadata accept no others)
 
     @classmethod
@@ -79,8 +90,11 @@ class FlashMLACuteBackend(MLACommonBackend):
         use_mm_prefix: bool,
         device_capability,
     ) -> str | None:
-        cache = dtype if kv_cache_dtype in (None, "auto") else support.DTYPES.get(kv_cache_dtype, kv_cache_dtype)
-        return support.why_not_dtypes(dtype, cache)
+        cache = cache_dtype(kv_cache_dtype, dtype)
+        reason = support.why_not_dtypes(dtype, cache)
+        if reason is None and head_size not in map(sum, support.CACHES[cache]):
+            reason = f"head_size is {head_size}; allowed in a cache of {cache}: {[*map(sum, support.CACHES[cache])]}"
+        return reason
 
 
 @dataclass
@@ -95,7 +109,7 @@ class FlashMLACuteMetadata(MLACommonMetadata[FlashMLACuteDecodeMetadata]):
 
 class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN if support.RAGGED else QueryLenSupport.UNIFORM
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
     # Requests of more query tokens are prefill; vLLM raises it to 1 + speculative tokens.  Longer ones would decode too, but
     # every number of query tokens is a plan of its own.
     reorder_batch_threshold: int = 1
@@ -107,7 +121,8 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
             self.num_heads * self.dcp_world_size,
             (self.mla_dims.kv_lora_rank, self.mla_dims.qk_rope_head_dim),
             self.page_size,
-            kv_cache_spec.dtype,
+            vllm_config.model_config.dtype,
+            cache_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype),
             device,
             batch_invariant=envs.VLLM_BATCH_INVARIANT,
         )
@@ -115,7 +130,7 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
         for num_queries in range(1, self.reorder_batch_threshold + 1):
             self.steps.warm_up(num_queries)
-            if support.RAGGED and num_queries > 1:
+            if num_queries > 1:
                 self.steps.warm_up(num_queries, ragged=True)
 
     def _build_decode(
@@ -134,11 +149,6 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         num_queries, starts = max(*lengths, 1), None
         # One number of query tokens for all, or 0 for requests that pad a captured batch: the form that graphs are captured in.
         if num_decode_tokens != num_decodes * num_queries or not {*lengths} <= {0, num_queries}:
-            if not support.RAGGED:
-                raise ValueError(
-                    f"{VLLM_NAME}: the query lengths of {num_decodes} decodes with {num_decode_tokens} tokens are {lengths}; "
-                    "allowed: one for all"
-                )
             starts = query_start_loc_device
         return FlashMLACuteDecodeMetadata(
             block_table=block_table_tensor,
@@ -185,14 +195,16 @@ class FlashMLACuteImpl(MLACommonImpl[FlashMLACuteMetadata]):
             kv_sharing_target_layer_name,
             **mla_args,
         )
-        support.need(support.why_not_widths(self.kv_lora_rank, self.qk_rope_head_dim))
         given = dict(alibi_slopes=alibi_slopes, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap)
         for name, value in given.items():
             if value:
                 raise NotImplementedError(f"{VLLM_NAME}: {name} is {value}; allowed: None")
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(f"{VLLM_NAME}: attn_type is {attn_type}; allowed: {AttentionType.DECODER}")
-        self.supports_quant_query_input = False  # queries are 16-bit
+        # Over an FP8 cache the kernel splits 16-bit queries itself, exactly, and takes their two parts as they are; vLLM's own
+        # quantisation would be a launch and lose bits.
+        self.supports_quant_query_input = False
+        self.is_fp8 = KV_CACHE_DTYPES.get(kv_cache_dtype) in support.FP8_CACHES
 
     def forward_mqa(
         self,
@@ -203,5 +215,6 @@ class FlashMLACuteImpl(MLACommonImpl[FlashMLACuteMetadata]):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q: the pair ([tokens, heads, latent], [tokens, heads, rope]), or joined, as vLLM does under context parallelism.
         Returns out [tokens, heads, latent] and, for context parallelism, lse [tokens, heads], natural log."""
-        out, lse = attn_metadata.decode.step.decode(q, kv_c_and_k_pe_cache, self.scale)
+        scale = layer._k_scale if self.is_fp8 else None
+        out, lse = attn_metadata.decode.step.decode(q, kv_c_and_k_pe_cache, self.scale, scale)
         return out, lse if self.need_to_return_lse_for_decode else None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashmla_cute.integrations import plugins
+from flashmla_cute.integrations import plugins, support
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import Case, Problem
 
@@ -163,6 +163,18 @@ def test_target_verify(sglang, device, monkeypatch):
     backend.init_cuda_graph_state(3, 12)
     backend.init_forward_metadata(make_batch(problem, "verify"))
     compare(backend, problem, run(backend, problem, "verify"))
+
+
+@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
+def test_an_fp8_cache_is_read_as_it_was_cast(sglang, device, monkeypatch):
+    problem = Problem.make(ScaledCase((70, 1, 300), h_q=H), device)
+    runner = make_runner(problem, kv_cache_dtype=torch.float8_e4m3fn)
+    runner.token_to_kv_pool.buffer = runner.token_to_kv_pool.buffer.to(torch.float8_e4m3fn)
+    problem.cache.pool.copy_(runner.token_to_kv_pool.buffer.view_as(problem.cache.pool).float())  # (exact in bf16)
+    backend = make_backend(sglang, monkeypatch, runner)
+    backend.init_forward_metadata(make_batch(problem))
+    out, pool = run(backend, problem), runner.token_to_kv_pool.buffer.view_as(problem.cache.pool)
+    check(problem, out.view(-1, H, 512), backend.forward_metadata.decode(pair(problem), pool, SCALE)[1])
 
 
 def test_new_tokens_are_written(sglang, device, monkeypatch, writes):

@@ -21,7 +21,7 @@ CASES = [
 
 def steps_for(problem: Problem, **options) -> DecodeSteps:
     case = problem.case
-    return DecodeSteps(case.h_q, (case.latent, case.rope), case.page, case.dtype, problem.q.device, **options)
+    return DecodeSteps(case.h_q, (case.latent, case.rope), case.page, case.dtype, case.dtype, problem.q.device, **options)
 
 
 def plan(steps: DecodeSteps, problem: Problem):
@@ -87,7 +87,6 @@ def test_later_steps_refill_the_same_memory(device):
     check(later, *step.decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
 
 
-@pytest.mark.skipif(not support.RAGGED, reason="the installed DecodePlan takes no cu_seqlens_q")
 @pytest.mark.parametrize("pair", [False, True], ids=["joined", "pair"])
 def test_a_ragged_step_decodes(device, pair):
     """requests of 2, 0, 1 and 4 query tokens, and rows of q behind them that are nobody's"""
@@ -106,6 +105,19 @@ def test_a_ragged_step_decodes(device, pair):
             problem.cache.pool, problem.cache.block_table[i : i + 1], problem.cache.cache_seqlens[i : i + 1]
         )
         check(Problem(one, q[rows].unsqueeze(0), cache, None, None), out[rows], lse[rows]) if n else None
+
+
+@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
+@pytest.mark.parametrize("pair", [False, True], ids=["joined", "pair"])
+def test_a_step_over_fp8_decodes(device, pair):
+    problem, scale = Problem.make(Case((70, 1, 0, 300), h_q=16, s_q=2), device), torch.tensor(0.5, device=device)
+    pool = (problem.cache.pool.float() / scale).to(torch.float8_e4m3fn)
+    problem.cache.pool.copy_(pool.float() * scale)  # (exact in bf16)
+    steps = DecodeSteps(16, (512, 64), 64, torch.bfloat16, pool.dtype, device)
+    steps.warm_up(2)
+    q = problem.q.flatten(0, 1)
+    q = (q[..., :512], q[..., 512:]) if pair else q
+    check(problem, *plan(steps, problem).decode(q, pool, problem.case.softmax_scale, scale))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -156,16 +168,16 @@ def test_wrong_rows_are_named(device):
 def test_other_formats_are_refused(device):
     bf16 = torch.bfloat16
     with pytest.raises(ValueError, match=r"page size is 12; allowed: multiples of 8 from 8 to 1024"):
-        DecodeSteps(16, (512, 64), 12, bf16, device)
-    with pytest.raises(ValueError, match=r"qk_rope_head_dim\) is \(448, 64\); allowed: \(512, 64\)"):
-        DecodeSteps(16, (448, 64), 64, bf16, device)
+        DecodeSteps(16, (512, 64), 12, bf16, bf16, device)
+    with pytest.raises(ValueError, match=r"\(448, 64\); allowed in a cache of torch.bfloat16: \(512, 64\)"):
+        DecodeSteps(16, (448, 64), 64, bf16, bf16, device)
     with pytest.raises(ValueError, match=r"dtype is torch.float32; allowed: torch.bfloat16 or torch.float16"):
-        DecodeSteps(16, (512, 64), 64, torch.float32, device)
+        DecodeSteps(16, (512, 64), 64, torch.float32, torch.float32, device)
 
 
 def test_reasons():
-    assert 64 in support.PAGES and (512, 64) in support.WIDTHS and set(support.DTYPES) == {"bfloat16", "float16"}
-    assert support.why_not_widths(512, 64) is support.why_not_page(64) is None
+    bf16, fp16 = torch.bfloat16, torch.float16
+    assert 64 in support.PAGES and (512, 64) in support.CACHES[bf16] and set(support.DTYPES) == {"bfloat16", "float16"}
+    assert support.why_not_widths(512, 64, bf16) is support.why_not_page(64) is support.why_not_dtypes(fp16, fp16) is None
     assert support.why_not_page(1, "--page-size").startswith("--page-size is 1; allowed: multiples of 8 from 8")
-    assert support.why_not_dtypes(torch.float16, torch.float16) is None
-    assert "cache's dtype is torch.float16; allowed: torch.bfloat16" in support.why_not_dtypes(torch.bfloat16, torch.float16)
+    assert "cache's dtype is torch.float16; allowed: torch.bfloat16" in support.why_not_dtypes(bf16, fp16)

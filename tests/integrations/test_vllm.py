@@ -20,11 +20,11 @@ def module(name: str):
     return sys.modules[f"vllm.{name}"]
 
 
-def configuration(device: str, dcp: int = 1, speculative: int = 0, heads: int = H) -> SimpleNamespace:
+def configuration(dcp: int = 1, speculative: int = 0, heads: int = H, latent: int = 512, cache: str = "auto"):
     """what of VllmConfig the builder reads"""
     layer = SimpleNamespace(
         q_lora_rank=1536,
-        kv_lora_rank=512,
+        kv_lora_rank=latent,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
@@ -42,7 +42,7 @@ def configuration(device: str, dcp: int = 1, speculative: int = 0, heads: int = 
         ),
         compilation_config=SimpleNamespace(static_forward_context={LAYER: layer}),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
-        cache_config=SimpleNamespace(block_size=64, cache_dtype="auto"),
+        cache_config=SimpleNamespace(block_size=64, cache_dtype=cache),
         attention_config=SimpleNamespace(use_prefill_query_quantization=False),
         speculative_config=SimpleNamespace(num_speculative_tokens=speculative, parallel_drafting=False, method="mtp")
         if speculative
@@ -51,7 +51,7 @@ def configuration(device: str, dcp: int = 1, speculative: int = 0, heads: int = 
 
 
 def make_builder(vllm, device: str, monkeypatch, **options):
-    config = configuration(device, **options)
+    config = configuration(**options)
     dcp = options.get("dcp", 1)
     if dcp > 1:
         base = module("model_executor.layers.attention.mla_attention")
@@ -140,6 +140,19 @@ def test_build_then_decode(vllm, device, monkeypatch, s_q):
             check(problem, out, metadata.decode.step.decode(pair(problem), layer_cache(problem), SCALE)[1])
         joined, _ = impl.forward_mqa(problem.q.flatten(0, 1), layer_cache(problem), metadata, None)
         assert torch.equal(joined, out)
+
+
+@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
+def test_an_fp8_cache(vllm, device, monkeypatch):
+    builder = make_builder(vllm, device, monkeypatch, cache="fp8")
+    impl = make_impl(vllm, monkeypatch, kv_cache_dtype="fp8")
+    assert not impl.supports_quant_query_input  # queries come as a 16-bit pair
+    problem, layer = make_problem(device), SimpleNamespace(_k_scale=torch.tensor(0.5, device=device))
+    pool = (problem.cache.pool.float() / 0.5).to(torch.float8_e4m3fn)
+    problem.cache.pool.copy_(pool.float() * 0.5)  # (exact in bf16)
+    metadata = builder.build(0, common(problem))
+    out, _ = impl.forward_mqa(pair(problem), pool.squeeze(2), metadata, layer)
+    check(problem, out, metadata.decode.step.decode(pair(problem), pool.squeeze(2), SCALE, layer._k_scale)[1])
 
 
 def test_requests_that_pad_a_batch(vllm, device, monkeypatch):
@@ -231,7 +244,7 @@ def test_the_backend_says_what_the_kernels_do(vllm):
     backend = vllm.FlashMLACuteBackend
     assert backend.get_name() == "FLASHMLA_CUTE"
     assert backend.get_builder_cls() is vllm.FlashMLACuteMetadataBuilder and backend.get_impl_cls() is vllm.FlashMLACuteImpl
-    assert backend.supported_kv_cache_dtypes == ["auto", *support.DTYPES]
+    assert backend.supported_kv_cache_dtypes == ["auto", *support.DTYPES] + ["fp8", "fp8_e4m3"] * bool(support.FP8_CACHES)
     blocks = backend.get_supported_kernel_block_sizes()
     assert {16, 64, 1024} <= {*blocks} and all(block in support.PAGES and block % 16 == 0 for block in blocks)
     assert [backend.get_preferred_block_size(size) for size in (16, 64, 256)] == [64, 64, 256]
@@ -249,8 +262,8 @@ def test_combinations(vllm):
     )
     assert reason(torch.bfloat16, "auto") is reason(torch.bfloat16, None) is reason(torch.float16, "float16") is None
     assert "cache's dtype is torch.bfloat16; allowed: torch.float16" in reason(torch.float16, "bfloat16")
-    if "fp8" not in vllm.FlashMLACuteBackend.supported_kv_cache_dtypes:
-        assert "cache's dtype is fp8" in reason(torch.bfloat16, "fp8")
+    assert "cache's dtype is fp8_ds_mla" in reason(torch.bfloat16, "fp8_ds_mla")
+    assert support.FP8_CACHES or "cache's dtype is fp8" in reason(torch.bfloat16, "fp8")
 
 
 def test_ragged_queries(vllm, device, monkeypatch):
@@ -259,11 +272,6 @@ def test_ragged_queries(vllm, device, monkeypatch):
     problem = make_problem(device, (70, 20), s_q=2)
     batch = common(problem, [1, 3])
     batch.max_query_len = 3
-    if not support.RAGGED:
-        with pytest.raises(ValueError, match=r"query lengths of 2 decodes with 4 tokens are \[1, 3\]; allowed: one for all"):
-            starts = batch.query_start_loc
-            builder._build_decode(problem.cache.block_table, problem.cache.cache_seqlens, 70, starts.cpu(), starts, 4, 3, None)
-        return
     metadata = builder.build(0, batch)
     assert metadata.num_decodes == 2
     out, _ = make_impl(vllm, monkeypatch).forward_mqa(pair(problem), layer_cache(problem), metadata, None)
@@ -281,11 +289,10 @@ def test_ragged_queries(vllm, device, monkeypatch):
         (dict(sliding_window=128), "sliding_window is 128"),
         (dict(logits_soft_cap=30.0), "logits_soft_cap is 30.0"),
         (dict(attn_type="encoder"), "attn_type is encoder"),
-        (dict(kv_lora_rank=448), r"\(448, 64\); allowed: \(512, 64\)"),
     ],
 )
 def test_other_layers_are_refused(vllm, monkeypatch, changes, message):
-    with pytest.raises((NotImplementedError, ValueError), match=message):
+    with pytest.raises(NotImplementedError, match=message):
         make_impl(vllm, monkeypatch, **changes)
 
 
@@ -304,6 +311,11 @@ def test_registration(vllm):
     assert registry.CUSTOM.get_path() == plugins.VLLM_CLASS
     name, _, attribute = plugins.VLLM_CLASS.rpartition(".")
     assert getattr(sys.modules[name], attribute) is vllm.FlashMLACuteBackend
+
+
+def test_other_widths_are_refused(vllm, device, monkeypatch):
+    with pytest.raises(ValueError, match=r"\(448, 64\); allowed in a cache of torch.bfloat16: \(512, 64\)"):
+        make_builder(vllm, device, monkeypatch, latent=448)
 
 
 def test_vllms_own_validation(vllm):
