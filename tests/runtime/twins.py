@@ -9,7 +9,6 @@ from dataclasses import astuple, fields
 import torch
 
 from flashmla_cute import checks, compile, ops, plan
-from flashmla_cute.kernels.config import PLAIN, DecodeOptions
 from flashmla_cute.kernels.parts.work import BEGIN, COUNT, RECORD
 from flashmla_cute.reference import emulate_decode
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
