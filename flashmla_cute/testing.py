@@ -95,10 +95,8 @@ class Problem:
     def run(self, plan: DecodePlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """our kernel, into the poisoned out and lse"""
         plan = plan or self.plan()
-        case, q = self.case, self.q
-        if case.pair:  # (each with memory of its own)
-            q = q[..., : case.latent].contiguous(), q[..., case.latent :].contiguous()
-        outputs = dict(out=self.out, lse=self.lse)
+        case, outputs = self.case, dict(out=self.out, lse=self.lse)
+        q = in_parts(self.q, case)
         return mla_decode(q, self.cache, plan, softmax_scale=case.softmax_scale, causal=case.causal, sink=self.sink, **outputs)
 
     def errors(self, out: torch.Tensor, lse: torch.Tensor, requests: list[int] | None = None) -> "Errors":
@@ -128,6 +126,11 @@ class Problem:
         errors = self.errors(*self.run())
         assert errors.within(self.case.dtype), f"{errors}\n{self.case}"
         return errors
+
+
+def in_parts(q: torch.Tensor, case: Case) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """q as mla_decode gets it; of a pair each has memory of its own"""
+    return (q[..., : case.latent].contiguous(), q[..., case.latent :].contiguous()) if case.pair else q
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,21 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from flashmla_cute import DecodePlan
+from flashmla_cute import DecodeOptions, DecodePlan
+from flashmla_cute.kernels.config import DIMS
 from flashmla_cute.testing import Case, Errors, Problem
 
 from .problems import POOL_STRIDES, Q_STRIDES, same_bits, with_pool
 from .ragged import RaggedProblem, with_q
 
 DTYPES = (torch.bfloat16, torch.float16)
+OPTIONS = (
+    *[DecodeOptions()] * 4,
+    DecodeOptions(window=1),
+    DecodeOptions(window=200, lse_log2=True),
+    DecodeOptions(softcap=3.0),
+    DecodeOptions(out="float32", lse_by_token=True),
+)
 MOST_ROWS = 2048  # query tokens x heads of a request
 EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193)
 
@@ -63,6 +71,12 @@ AXES: dict[str, Callable] = {
     "q_strides": lambda source, drawn: source.choice(("contiguous", *Q_STRIDES)),
     "ragged": lambda source, drawn: source.choice((False, False, True)),
     "counts": draw_counts,
+    "page": lambda source, drawn: source.choice((64, 64, 64, 8, 16, 24, 32, 40, 96, 128, 256, 1000, 1024)),
+    "latent": lambda source, drawn: source.choice((512, 512, 512, 256, 128)),
+    "rope": lambda source, drawn: source.choice([rope for latent, rope in DIMS if latent == drawn["latent"]]),
+    "pair": lambda source, drawn: drawn["rope"] > 0 and source.choice((False, False, True)),
+    "sink": lambda source, drawn: source.choice((False, False, True)),
+    "options": lambda source, drawn: source.choice(OPTIONS),
     "pool_strides": lambda source, drawn: source.choice(("contiguous", "contiguous", *POOL_STRIDES)),
 }
 
@@ -72,7 +86,10 @@ MEMORY: dict[str, Callable[[Problem, str], Problem]] = {
     "q_strides": lambda problem, how: with_q(problem, Q_STRIDES[how][0]),
     "pool_strides": lambda problem, how: with_pool(problem, POOL_STRIDES.get(how, lambda pool: pool)(problem.cache.pool)),
 }
-COMPILED = {"h_kv", "h_q", "s_q", "causal", "dtype", "partials", "batch_invariant", "q_strides", "ragged"}
+COMPILED = {
+    *("h_kv", "h_q", "s_q", "causal", "dtype", "partials", "batch_invariant", "q_strides", "ragged"),
+    *("page", "latent", "rope", "pair", "sink", "options"),
+}
 CASE = {field.name for field in fields(Case)}
 PLAN = set(inspect.signature(DecodePlan).parameters)
 
@@ -125,8 +142,8 @@ class Drawn:
         errors = problem.errors(out, lse)
         if self.values["batch_invariant"]:
             i = self.case.seed % len(self.case.lengths)
-            one, rows = self._one_request(problem, i)
-            if not same_bits(one.run(self._plan(one)), (out[rows], lse[rows])):
+            one, rows, lse_rows = self._one_request(problem, i)
+            if not same_bits(one.run(self._plan(one)), (out[rows], lse[lse_rows])):
                 return errors.worse_of(Errors(0.0, 0.0, f"request {i} alone has other bits"))
         return errors
 
@@ -139,19 +156,21 @@ class Drawn:
         case, options = problem.case, self.plan_options
         if isinstance(problem, RaggedProblem):
             return problem.plan(case.s_q, **options)
-        plan = DecodePlan(problem.cache, case.h_q, case.s_q, **options)
+        plan = DecodePlan(problem.cache, case.h_q, case.s_q, options=case.options, **options)
         plan.o_split.fill_(float("nan"))
         plan.lse_split.fill_(float("nan"))
         return plan
 
-    def _one_request(self, problem: Problem | RaggedProblem, i: int) -> tuple[Problem | RaggedProblem, slice]:
-        """request i alone, and its rows in out and lse of all"""
+    def _one_request(self, problem: Problem | RaggedProblem, i: int) -> tuple[Problem | RaggedProblem, slice, slice]:
+        """request i alone, and its rows in out and in lse of all"""
         cache, one = problem.cache, slice(i, i + 1)
         rows = problem.rows(i) if isinstance(problem, RaggedProblem) else one
         alone = type(cache).from_tensors(cache.pool, cache.block_table[one], cache.cache_seqlens[one])
-        out, lse = (torch.full_like(tensor[rows], float("nan")) for tensor in (problem.out, problem.lse))
+        by_token = problem.case.options.lse_by_token and not isinstance(problem, RaggedProblem)
+        lse_rows = slice(i * problem.case.s_q, (i + 1) * problem.case.s_q) if by_token else rows
+        out, lse = torch.full_like(problem.out[rows], float("nan")), torch.full_like(problem.lse[lse_rows], float("nan"))
         moved = replace(problem, q=problem.q[rows], cache=alone, out=out, lse=lse)
         if isinstance(problem, RaggedProblem):
             begins = torch.tensor([0, problem.counts[i]], dtype=torch.int32, device=out.device)
-            return replace(moved, counts=problem.counts[one], cu_seqlens_q=begins), rows
-        return replace(moved, case=replace(problem.case, lengths=problem.case.lengths[one])), rows
+            return replace(moved, counts=problem.counts[one], cu_seqlens_q=begins), rows, rows
+        return replace(moved, case=replace(problem.case, lengths=problem.case.lengths[one])), rows, lse_rows

@@ -68,21 +68,29 @@ Q_STRIDES = {
     "every other token": (lambda q: embed(q, (q.shape[0], 2 * q.shape[1], *q.shape[2:]), lambda x: x[:, ::2]), False),
     "every other head": (lambda q: embed(q, (*q.shape[:2], 2 * q.shape[2], q.shape[3]), lambda x: x[:, :, ::2]), True),
     "padded heads": (lambda q: embed(q, (*q.shape[:2], q.shape[2] + 8, q.shape[3]), lambda x: x[:, :, :-8]), False),
-    "heads of a later rank": (lambda q: embed(q, (*q.shape[:2], 3 * q.shape[2], 576), lambda x: x.chunk(3, 2)[1]), False),
-    "padded columns": (lambda q: embed(q, (*q.shape[:3], 640), lambda x: x[..., :576]), True),
-    "columns of a later part": (lambda q: embed(q, (*q.shape[:3], 1152), lambda x: x[..., 576:]), True),
+    "heads of a later rank": (
+        lambda q: embed(q, (*q.shape[:2], 3 * q.shape[2], q.shape[3]), lambda x: x.chunk(3, 2)[1]),
+        False,
+    ),
+    "padded columns": (lambda q: embed(q, (*q.shape[:3], q.shape[3] + 64), lambda x: x[..., :-64]), True),
+    "columns of a later part": (lambda q: embed(q, (*q.shape[:3], 2 * q.shape[3]), lambda x: x.chunk(2, -1)[1]), True),
     "token before request": (lambda q: embed(q, (q.shape[1], q.shape[0], *q.shape[2:]), lambda x: x.transpose(0, 1)), False),
-    "head before token": (lambda q: embed(q, (q.shape[0], q.shape[2], q.shape[1], 576), lambda x: x.transpose(1, 2)), False),
+    "head before token": (
+        lambda q: embed(q, (q.shape[0], q.shape[2], q.shape[1], q.shape[3]), lambda x: x.transpose(1, 2)),
+        False,
+    ),
 }
 
 
-# name -> pool [pages, 64, h_kv, d] with other strides
+# name -> pool [pages, page, h_kv, d] with other strides
 POOL_STRIDES = {
     "padded pages": lambda pool: _padded_pages(pool, 64),
     "pages padded by a vector": lambda pool: _padded_pages(pool, 8),
-    "padded columns": lambda pool: embed(pool, (*pool.shape[:3], 640), lambda x: x[..., :576]),
-    "padded heads": lambda pool: embed(pool, (*pool.shape[:2], pool.shape[2] + 1, 576), lambda x: x[:, :, 1:]),
-    "head before token": lambda pool: embed(pool, (pool.shape[0], pool.shape[2], 64, 576), lambda x: x.transpose(1, 2)),
+    "padded columns": lambda pool: embed(pool, (*pool.shape[:3], pool.shape[3] + 64), lambda x: x[..., :-64]),
+    "padded heads": lambda pool: embed(pool, (*pool.shape[:2], pool.shape[2] + 1, pool.shape[3]), lambda x: x[:, :, 1:]),
+    "head before token": lambda pool: embed(
+        pool, (pool.shape[0], pool.shape[2], pool.shape[1], pool.shape[3]), lambda x: x.transpose(1, 2)
+    ),
     "a layer of a larger pool": lambda pool: embed(pool, (pool.shape[0], 3, *pool.shape[1:]), lambda x: x[:, 1]),
     "in the middle of a larger pool": lambda pool: embed(pool, (pool.shape[0] + 9, *pool.shape[1:]), lambda x: x[5:-4]),
 }

@@ -1,12 +1,13 @@
 """Problems whose requests have different numbers of query tokens."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from flashmla_cute import DecodePlan, PagedKVCache, mla_decode
 from flashmla_cute.reference import reference_decode
-from flashmla_cute.testing import Case, Errors, Problem, _compare
+from flashmla_cute.testing import Case, Errors, Problem, _compare, in_parts
 
 SPARE = 3  # rows of q behind the last request's: nothing is written for them
 
@@ -22,6 +23,7 @@ class RaggedProblem:
     cache: PagedKVCache
     out: torch.Tensor  # poisoned
     lse: torch.Tensor  # poisoned
+    sink: torch.Tensor | None = None
 
     @classmethod
     def make(cls, problem: Problem, counts: tuple[int, ...]) -> "RaggedProblem":
@@ -30,20 +32,22 @@ class RaggedProblem:
         begins = torch.tensor([0, *counts]).cumsum(0).to(q.device, torch.int32)
         nan = lambda *shape, dtype: torch.full(shape, float("nan"), dtype=dtype, device=q.device)
         out = nan(*q.shape[:2], problem.out.shape[-1], dtype=problem.out.dtype)
-        return cls(problem.case, counts, q, begins, problem.cache, out, nan(*q.shape[:2], dtype=torch.float32))
+        return cls(problem.case, counts, q, begins, problem.cache, out, nan(*q.shape[:2], dtype=torch.float32), problem.sink)
 
     def plan(self, max_seqlen_q: int | None = None, **options) -> DecodePlan:
         """with poisoned workspace"""
         most = max_seqlen_q or max(1, *self.counts)
-        plan = DecodePlan(self.cache, self.case.h_q, cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=most, **options)
+        queries = dict(cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=most)
+        plan = DecodePlan(self.cache, self.case.h_q, **{"options": self.case.options, **queries, **options})
         plan.o_split.fill_(float("nan"))
         plan.lse_split.fill_(float("nan"))
         return plan
 
     def run(self, plan: DecodePlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """our kernel, into the poisoned out and lse"""
-        options = dict(softmax_scale=self.case.softmax_scale, causal=self.case.causal, out=self.out, lse=self.lse)
-        return mla_decode(self.q, self.cache, plan or self.plan(), **options)
+        case, outputs = self.case, dict(out=self.out, lse=self.lse)
+        options = dict(softmax_scale=case.softmax_scale, causal=case.causal, sink=self.sink)
+        return mla_decode(in_parts(self.q, case), self.cache, plan or self.plan(), **options, **outputs)
 
     def rows(self, i: int) -> slice:
         begin = sum(self.counts[:i])
@@ -52,12 +56,12 @@ class RaggedProblem:
     def errors(self, out: torch.Tensor, lse: torch.Tensor, requests: list[int] | None = None) -> Errors:
         """against float64, request by request; and whether the rows of no request are as they were"""
         worst, case, latent = Errors(0.0, 0.0, ""), self.case, out.shape[-1]
+        lse = lse * math.log(2.0) if case.options.lse_log2 else lse
         for i in range(len(self.counts)) if requests is None else requests:
             if self.counts[i]:
                 rows, table, lengths = self.rows(i), self.cache.block_table[i : i + 1], [case.lengths[i]]
-                wanted, wanted_lse = reference_decode(
-                    self.q[rows][None], self.cache.pool, table, lengths, case.softmax_scale, case.causal, latent
-                )
+                inputs = (self.q[rows][None], self.cache.pool, table, lengths, case.softmax_scale, case.causal, latent)
+                wanted, wanted_lse = reference_decode(*inputs, options=case.options, sink=self.sink)
                 worst = worst.worse_of(_compare(out[rows], lse[rows].T, wanted[0], wanted_lse[0], f"request {i}"))
         spare = slice(sum(self.counts), None)
         if not (out[spare].isnan().all() and lse[spare].isnan().all()):
