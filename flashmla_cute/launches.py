@@ -226,25 +226,32 @@ def _carveout(attributes: dict) -> int | None:
     return next((value for key, value in attributes.items() if key.name.endswith("PREFERRED_SHARED_MEMORY_CARVEOUT")), None)
 
 
-def _leaves(arguments: type, optional: bool, prefix: str = "") -> Iterator[str]:
-    """names of the leaves of a kernel's Args, with or without those that may be None"""
+def _leaves(arguments: type, absent: set[str], prefix: str = "") -> Iterator[str]:
+    """names of the leaves of a kernel's Args, without the fields `absent`, which are None and pass nothing"""
     hints = typing.get_type_hints(arguments)
     for field in fields(arguments):
-        inner = hints[field.name]
+        inner = next((kind for kind in typing.get_args(hints[field.name]) if is_dataclass(kind)), hints[field.name])
+        if field.name in absent:
+            continue
         if is_dataclass(inner):
-            yield from _leaves(inner, optional, f"{prefix}{field.name}.")
-        elif optional or type(None) not in typing.get_args(inner):
+            yield from _leaves(inner, absent, f"{prefix}{field.name}.")
+        else:
             yield f"{prefix}{field.name}"
+
+
+def _absent(op) -> set[str]:
+    """fields of a kernel's Args that are None for `op`"""
+    optional = {"cu_seqlens_q": op.name == "ragged_schedule"}
+    if hasattr(op.config, "kv"):
+        optional |= {"sink": op.config.sink, "q_rope": op.config.kv.rope > 0, "rope": op.config.kv.rope > 0}
+    return {name for name, present in optional.items() if not present}
 
 
 def _parameters(op, kernel: str, launch: Launch, offsets: list[tuple[int, int]]) -> Iterator[dict]:
     if len(offsets) != len(launch.parameters):
         raise ValueError(f"{kernel}: {len(launch.parameters)} parameters in the host code, {len(offsets)} in the cubin")
-    names = []
-    for optional in (True, False):  # (what is None passes nothing; nor does a leaf that is all static)
-        if kernel in MODULES and len(names) != len(offsets):
-            names = list(_leaves(MODULES[kernel].Args, optional))
-    if len(names) != len(offsets):
+    names = list(_leaves(MODULES[kernel].Args, _absent(op))) if kernel in MODULES else []
+    if len(names) != len(offsets):  # (a leaf that is all static passes nothing)
         names = [f"parameter {i}" for i in range(len(offsets))]
     for name, (offset, size), (kind, value) in zip(names, offsets, launch.parameters):
         found, own_size = layout(kind)

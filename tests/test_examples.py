@@ -142,7 +142,7 @@ def test_the_script_reads_tensor_maps_as_described(objects, script):
     assert axes["q.atom"] == [(64, 2, 64), (16, 1152, 64), (8, 128, 8), (3, 16 * 1152, 1)]
     assert axes["latent.atom"] == [(64, 2, 64), (64, 1152, 64), (8, 128, 8), (1, 1152, 1), (11, 64 * 1152, 1)]
     assert axes["rope.atom"] == [(64, 2, 64), (64, 1152, 64), (1, 1152, 1), (11, 64 * 1152, 1)]
-    assert script.coordinate_extents(maps["q_tail.atom"], arrays) == (16, 3)
+    assert script.coordinate_extents(maps["q_last.atom"], arrays) == (16, 3)
 
 
 # ---------------------------------------------------------------------- the model, through the reference

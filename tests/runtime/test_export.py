@@ -187,7 +187,7 @@ def test_launches_are_described_in_order(exported):
 def test_parameters_are_those_of_the_kernels_in_order(exported):
     attention, combine = description(exported, ops.DecodeOp)["kernels"]
     names = [parameter["name"] for parameter in attention["parameters"]]
-    assert names[:2] == ["q.atom", "q.tensor"] and names[-1] == "scale_log2" and "block_table" in names
+    assert names[:2] == ["q.atom", "q.tensor"] and names[-2:] == ["scale_log2", "cap_factor"] and "block_table" in names
     assert [p["argument"] for p in combine["parameters"]] == ["o_split", "lse_split", "merges", "out", "lse"]
     for parameters in (attention["parameters"], combine["parameters"]):
         for before, after in pairwise(parameters):
