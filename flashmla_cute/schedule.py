@@ -71,6 +71,7 @@ def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
     if not config.max_pieces:
         return int(tiles > 0)
     pieces = isqrt(config.piece_gain * tiles // (32 * min(row_tiles, MAX_ROW_TILES)))
+    pieces = max(pieces, tiles // config.piece_tiles)
     return max(min(pieces, tiles, config.max_pieces), int(tiles > 0))
 
 

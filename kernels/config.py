@@ -172,19 +172,24 @@ class ScheduleConfig:
     item_tiles: int = 3  # what an item costs beside its tiles, in tiles: q in, o out
     tile_cost: int = 40  # a KV tile, in pieces
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
-    piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces
+    piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
+    piece_tiles: int = 48  # or as many of this length as it holds, if that is more
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
     def __post_init__(self):
-        for name, least, most in (("max_pieces", 0, MAX_PIECES), ("piece_gain", 1, MAX_PIECE_GAIN)):
+        for name, least, most in (
+            ("max_pieces", 0, MAX_PIECES),
+            ("piece_gain", 1, MAX_PIECE_GAIN),
+            ("piece_tiles", 1, 1 << 25),
+        ):
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"ScheduleConfig: {name} is {value}; allowed: {least} .. {most}")
 
     @property
     def name(self) -> str:
-        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}" if self.max_pieces else ""
+        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}_{self.piece_tiles}" if self.max_pieces else ""
         return f"schedule_{self.item_tiles}_{self.tile_cost}{fixed}"
 
 

@@ -165,7 +165,8 @@ class BuildSchedule:
     @cute.jit
     def _num_pieces(self, args: Args, tiles: Int32):
         """before the cuts"""
-        return num_pieces(tiles, args.row_tiles, max(self.config.max_pieces, 1), self.config.piece_gain)
+        config = self.config
+        return num_pieces(tiles, args.row_tiles, max(config.max_pieces, 1), config.piece_gain, config.piece_tiles)
 
     @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):

@@ -75,13 +75,16 @@ def load_of(
 
 # ---------------------------------------------------------------------- batch-invariant: cuts at the edges of fixed pieces
 @cute.jit
-def num_pieces(tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int]) -> Int32:
-    """the largest n <= max_pieces, tiles with n^2 * row_tiles <= gain / 32 * tiles, at least 1; 0 without tiles"""
+def num_pieces(
+    tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int], piece_tiles: Constexpr[int]
+) -> Int32:
+    """The largest n with n^2 * row_tiles <= gain / 32 * tiles or n * piece_tiles <= tiles, up to max_pieces and tiles; at least
+    1, but 0 without tiles."""
     pieces = Int32(1) if tiles > 0 else Int32(0)
     rows = 32 * cutlass.min(row_tiles, MAX_ROW_TILES)
     while (pieces < cutlass.min(tiles, max_pieces)) & ((pieces + 1) * (pieces + 1) * rows <= tiles * gain):
         pieces += 1
-    return pieces
+    return cutlass.max(pieces, cutlass.min(tiles // piece_tiles, max_pieces))
 
 
 @cute.jit

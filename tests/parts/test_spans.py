@@ -15,6 +15,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 MAX_BATCH, MAX_PARTS, ITEM_TILES = 100, 140, 3
+PIECE_SIZES = ((1, 1, 48), (32, 1, 48), (32, 32, 1), (32, 9, 1 << 25))  # (max_pieces, gain, piece_tiles)
 
 
 @cute.jit
@@ -46,9 +47,9 @@ def all_piece_cuts(prefix: cute.Tensor, items: cute.Tensor, out: cute.Tensor, ba
 
 
 @cute.jit
-def pieces_of(out: cute.Tensor, tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int]):
+def pieces_of(out: cute.Tensor, tiles: Int32, row_tiles: Int32, sizes: Constexpr[tuple]):
     """out = number of pieces, then where each begins"""
-    out[0] = spans.num_pieces(tiles, row_tiles, max_pieces, gain)
+    out[0] = spans.num_pieces(tiles, row_tiles, *sizes)
     for i in cutlass.range(cutlass.min(out[0], 1) * (out[0] + 1)):
         out[1 + i] = spans.piece_begin(tiles, out[0], i)
 
@@ -76,9 +77,7 @@ class Native:
         }
 
         self._run_piece_cuts = cute.compile(all_piece_cuts, self._prefix, self._items, self._cuts, Int32(1), Int32(1))
-        self._run_pieces = {
-            sizes: cute.compile(pieces_of, self._pieces, Int32(1), Int32(1), *sizes) for sizes in ((1, 1), (32, 1), (32, 32))
-        }
+        self._run_pieces = {sizes: cute.compile(pieces_of, self._pieces, Int32(1), Int32(1), sizes) for sizes in PIECE_SIZES}
 
     def run_cuts(self, prefix, parts, item_tiles):
         self.prefix[: len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
@@ -159,13 +158,14 @@ def test_the_twin_tries_as_many_candidates():
 @hypothesis.given(
     tiles=st.one_of(st.integers(0, 5000), st.integers(0, 2**25)),
     row_tiles=st.one_of(st.integers(1, 9), st.integers(1, 5000)),
-    sizes=st.sampled_from([(1, 1), (32, 1), (32, 32)]),
+    sizes=st.sampled_from(PIECE_SIZES),
 )
 @hypothesis.settings(max_examples=500)
 def test_fixed_pieces_equal_the_twin(native, tiles, row_tiles, sizes):
     """up to the longest request, 2^31 tokens"""
-    max_pieces, gain = sizes
-    num = schedule.num_pieces(tiles, row_tiles, ScheduleConfig(max_pieces=max_pieces, piece_gain=gain))
+    max_pieces, gain, piece_tiles = sizes
+    config = ScheduleConfig(max_pieces=max_pieces, piece_gain=gain, piece_tiles=piece_tiles)
+    num = schedule.num_pieces(tiles, row_tiles, config)
     wanted = [num, *(schedule.piece_begin(tiles, num, i) for i in range(num + 1))] if tiles else [0]
     assert native.run_pieces(tiles, row_tiles, sizes) == wanted
 

@@ -18,7 +18,11 @@ lengths_of = st.lists(st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 
 
 cost_models = st.builds(ScheduleConfig, item_tiles=st.integers(0, 6), tile_cost=st.integers(0, 60))
 fixed_pieces = st.builds(
-    ScheduleConfig, item_tiles=st.integers(0, 6), max_pieces=st.integers(1, 32), piece_gain=st.integers(1, 32)
+    ScheduleConfig,
+    item_tiles=st.integers(0, 6),
+    max_pieces=st.integers(1, 32),
+    piece_gain=st.integers(1, 32),
+    piece_tiles=st.integers(1, 500),
 )
 
 every_config = st.one_of(cost_models, fixed_pieces)
@@ -200,7 +204,8 @@ def test_fixed_pieces_are_even_and_as_many_as_documented(problem):
     for i, n in enumerate(tiles_of(lengths, max_tokens, reach)):
         sizes = [end - first for first, end, _ in pieces_of(plan, i)]
         assert not n or max(sizes) - min(sizes) <= 1
-        allowed = [k for k in range(1, min(n, config.max_pieces) + 1) if k * k * 32 * row_tiles <= config.piece_gain * n]
+        enough = lambda k, n=n: k * k * 32 * row_tiles <= config.piece_gain * n or k * config.piece_tiles <= n
+        allowed = [k for k in range(1, min(n, config.max_pieces) + 1) if enough(k)]
         assert len(sizes) == max(allowed, default=min(n, 1))
 
 
@@ -226,7 +231,9 @@ def test_more_row_tiles_take_fewer_pieces(row_tiles, wanted):
     assert schedule.num_pieces(64, row_tiles, INVARIANT) == wanted
 
 
-@pytest.mark.parametrize("field, value", [("max_pieces", -1), ("max_pieces", 33), ("piece_gain", 0), ("piece_gain", 33)])
+@pytest.mark.parametrize(
+    "field, value", [("max_pieces", -1), ("max_pieces", 33), ("piece_gain", 0), ("piece_gain", 33), ("piece_tiles", 0)]
+)
 def test_sizes_that_would_overflow_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}; allowed: "):
         ScheduleConfig(**{field: value})
