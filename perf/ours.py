@@ -17,11 +17,11 @@ def prepare(problem: Problem) -> "Ours":
 class Ours:
     launch_with_schedule = None
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, **plan_options):
         self.problem, row, q = problem, problem.row, problem.q
         make = lambda pool: PagedKVCache.from_tensors(pool, problem.block_table, problem.cache_seqlens)
         self.caches = {pool.data_ptr(): make(pool) for pool in problem.pools}
-        self.plan = DecodePlan(self.caches[problem.pools[0].data_ptr()], row.h_q, row.s_q)
+        self.plan = DecodePlan(self.caches[problem.pools[0].data_ptr()], row.h_q, row.s_q, **plan_options)
         self.out = torch.empty(*q.shape[:-1], LATENT, dtype=q.dtype, device=q.device)
         self.lse = torch.empty(row.b, row.h_q, row.s_q, dtype=torch.float32, device=q.device)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import ours, parallel, peers, plots
+from perf import invariance, ours, parallel, peers, plots
 from perf.peers import triton_mla
 
 RESULTS = Path(__file__).parents[1] / "perf" / "results"
@@ -23,6 +23,12 @@ def test_parallel_says_what_is_missing(capsys):
         pytest.skip("there are GPUs")
     assert parallel.main([]) == 2
     assert re.match(r"perf.parallel: (no CUDA device|.* GPUs$)", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_invariance_says_what_is_missing(capsys):
+    assert invariance.main([]) == 2
+    assert capsys.readouterr().err.startswith("perf.invariance: no CUDA device")
 
 
 @pytest.mark.parametrize(
