@@ -92,8 +92,9 @@ class FlashMLACuteBackend(MLACommonBackend):
     ) -> str | None:
         cache = cache_dtype(kv_cache_dtype, dtype)
         reason = support.why_not_dtypes(dtype, cache)
-        if reason is None and head_size not in map(sum, support.CACHES[cache]):
-            reason = f"head_size is {head_size}; allowed in a cache of {cache}: {[*map(sum, support.CACHES[cache])]}"
+        if reason is None and head_size in cls.get_supported_head_sizes():  # (else vLLM says so)
+            sizes = [sum(widths) for widths in support.CACHES[cache]]
+            reason = None if head_size in sizes else f"head_size is {head_size}; allowed in a cache of {cache}: {sizes}"
         return reason
 
 

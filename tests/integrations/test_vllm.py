@@ -263,7 +263,8 @@ def test_combinations(vllm):
     assert reason(torch.bfloat16, "auto") is reason(torch.bfloat16, None) is reason(torch.float16, "float16") is None
     assert "cache's dtype is torch.bfloat16; allowed: torch.float16" in reason(torch.float16, "bfloat16")
     assert "cache's dtype is fp8_ds_mla" in reason(torch.bfloat16, "fp8_ds_mla")
-    assert support.FP8_CACHES or "cache's dtype is fp8" in reason(torch.bfloat16, "fp8")
+    fp8 = vllm.FlashMLACuteBackend.supports_combination(320, torch.bfloat16, "fp8", 64, True, False, False, False, None)
+    assert ("head_size is 320; allowed in a cache of torch.float8_e4m3fn: [576]" if support.FP8_CACHES else "is fp8") in fp8
 
 
 def test_ragged_queries(vllm, device, monkeypatch):
