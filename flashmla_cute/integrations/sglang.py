@@ -14,6 +14,7 @@ from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttn
 from sglang.srt.layers.dcp.layout import get_dcp_lens
 from sglang.srt.mem_cache.layout.paged_view import paged_view
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.utils import get_cuda_graph_max_batch_size
 
@@ -31,7 +32,6 @@ def create(runner) -> "FlashMLACuteAttnBackend":
         AttentionBackendRegistry,
         handle_attention_flashmla,
     )
-    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 
     # Which of the model's attention methods a forward takes is looked up by name: as for FlashMLA, whose prefill is the same.
     AttentionBackendRegistry.register(SGLANG_NAME, handle_attention_flashmla)
@@ -86,7 +86,7 @@ class FlashMLACuteAttnBackend(FlashInferMLAAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
         for num_queries in {1, self.num_draft_tokens or 1}:
-            self.steps.warm_up(num_queries)
+            self.steps.warm_up(num_queries, pair=SGLANG_NAME in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS, heads_outside=True)
 
     def _plan(self, forward_batch) -> bool:
         """Fills block table and plan of a decode or verify batch; False: the batch is not ours."""

@@ -13,7 +13,7 @@ class DecodeSteps:
     """The decode steps of one worker: a plan for each shape of batch, and one workspace for all of them.
 
     A CUDA graph that was captured in a step reads that step's plan at every replay; a later step of the same shape refills
-    the same memory, outside the graph.  Plans are small (40 KB for 128 requests) and stay; what is large, the partial results,
+    the same memory, outside the graph.  Plans are small (20 KB for 128 requests) and stay; what is large, the partial results,
     they share.  So the steps of one DecodeSteps must follow one another on the device: micro-batches that run on two streams
     need one each.
 
@@ -72,14 +72,17 @@ class DecodeSteps:
         step.refresh()
         return step
 
-    def warm_up(self, num_queries: int, ragged: bool = False):
-        """Compiles and loads what steps of `num_queries` query tokens launch: neither may happen inside a capture."""
-        table = torch.zeros(1, 1, dtype=torch.int32, device=self.pool.device)
-        starts = torch.tensor([0, num_queries], dtype=torch.int32, device=self.pool.device) if ragged else None
+    def warm_up(self, num_queries: int, *, pair: bool = True, heads_outside: bool = False, ragged: bool = False):
+        """Compiles and loads what steps of `num_queries` query tokens launch: neither may happen inside a capture.
+
+        pair: q comes as one; heads_outside: its latent part lies in memory as [num_heads, tokens, latent]"""
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=self.pool.device)
+        starts = zeros(2) if ragged else None
         q = self.pool.new_zeros(num_queries, self.num_heads, self.pool.shape[-1], dtype=self.dtype)
-        step = self.plan(table, torch.zeros_like(table[0]), num_queries, starts)
-        for queries in (q, (q[..., : self.latent], q[..., self.latent :])):
-            step.decode(queries, self.pool, 1.0)
+        if pair:
+            latent, rope = q[..., : self.latent], q[..., self.latent :]
+            q = latent.transpose(0, 1).contiguous().transpose(0, 1) if heads_outside else latent, rope
+        self.plan(zeros(1, 1), zeros(1), num_queries, starts).decode(q, self.pool, 1.0)
 
     def share_workspace(self, plan: DecodePlan):
         """Gives `plan` the largest workspace so far.  A call is done with it before the next begins, and one for each of vLLM's
@@ -137,24 +140,17 @@ class DecodeStep:
         tokens, *row = parts[0].shape
         out = torch.empty(tokens, plan.num_heads, self.latent, dtype=parts[0].dtype, device=pool.device)
         lse = torch.empty(tokens, plan.num_heads, dtype=torch.float32, device=pool.device)
-        rows, results = parts, (out, lse)
-        if self.starts is None:  # every request has its axis
+        results = dict(out=out, lse=lse)
+        if self.starts is None:  # each request has its axis
             if len(row) != 2 or tokens != plan.batch * plan.num_queries:
                 raise ValueError(
                     f"q.shape is {(tokens, *row)}; allowed: [{plan.batch * plan.num_queries}, heads, columns], the step's "
                     f"{plan.batch} requests of {plan.num_queries} query tokens each"
                 )
             by_request = lambda tensor: tensor.view(plan.batch, plan.num_queries, *tensor.shape[1:])
-            rows, results = map(by_request, parts), (by_request(out), by_request(lse).transpose(1, 2))
-        rows = tuple(rows)
-        mla_decode(
-            rows if len(rows) == 2 else rows[0],
-            self._cache(pool, scale),
-            plan,
-            softmax_scale=softmax_scale,
-            out=results[0],
-            lse=results[1],
-        )
+            parts, results = tuple(map(by_request, parts)), dict(out=by_request(out), lse=by_request(lse).transpose(1, 2))
+        q = parts if len(parts) == 2 else parts[0]
+        mla_decode(q, self._cache(pool, scale), plan, softmax_scale=softmax_scale, **results)
         return out, lse
 
     def _cache(self, pool: torch.Tensor, scale: torch.Tensor | None) -> PagedKVCache:

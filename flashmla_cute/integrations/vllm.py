@@ -130,7 +130,7 @@ class FlashMLACuteMetadataBuilder(MLACommonMetadataBuilder[FlashMLACuteMetadata]
         # A draft step's lengths advance on the device, under a graph, when no context parallel lengths hang on them.
         self.supports_draft_decode_metadata_update = self.dcp_world_size == 1
         for num_queries in range(1, self.reorder_batch_threshold + 1):
-            self.steps.warm_up(num_queries)
+            self.steps.warm_up(num_queries, pair=self.dcp_world_size == 1)  # (vLLM joins the parts for its gather)
             if num_queries > 1:
                 self.steps.warm_up(num_queries, ragged=True)
 

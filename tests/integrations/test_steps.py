@@ -114,7 +114,7 @@ def test_a_step_over_fp8_decodes(device, pair):
     pool = (problem.cache.pool.float() / scale).to(torch.float8_e4m3fn)
     problem.cache.pool.copy_(pool.float() * scale)  # (exact in bf16)
     steps = DecodeSteps(16, (512, 64), 64, torch.bfloat16, pool.dtype, device)
-    steps.warm_up(2)
+    steps.warm_up(2, pair=pair)
     q = problem.q.flatten(0, 1)
     q = (q[..., :512], q[..., 512:]) if pair else q
     check(problem, *plan(steps, problem).decode(q, pool, problem.case.softmax_scale, scale))
@@ -142,17 +142,19 @@ def test_layers_are_remembered(device):
     assert len(step._caches) == 2
 
 
-def test_warm_up_compiles_what_a_step_launches(device, monkeypatch):
+@pytest.mark.parametrize("layout", ["joined", "pair", "heads outside"])
+def test_warm_up_compiles_what_a_step_launches(device, monkeypatch, layout):
     asked, get = [], compile.get
     monkeypatch.setattr(compile, "get", lambda op, config: asked.append((op, config)) or get(op, config))
     problem = Problem.make(Case((70, 20), h_q=16, s_q=2), device)
-    steps = steps_for(problem)
-    steps.warm_up(2)
+    steps, q = steps_for(problem), problem.q.flatten(0, 1)
+    steps.warm_up(2, pair=layout != "joined", heads_outside=layout == "heads outside")
     warm = set(asked)
-    check(problem, *plan(steps, problem).decode(problem.q.flatten(0, 1), problem.cache.pool, problem.case.softmax_scale))
-    latent, rope = problem.q.flatten(0, 1).split([512, 64], -1)
-    check(problem, *plan(steps, problem).decode((latent, rope), problem.cache.pool, problem.case.softmax_scale))
-    assert set(asked) == warm and len(warm) == 3
+    if layout != "joined":
+        latent, rope = q.split([512, 64], -1)
+        q = (latent if layout == "pair" else latent.transpose(0, 1).contiguous().transpose(0, 1)), rope
+    check(problem, *plan(steps, problem).decode(q, problem.cache.pool, problem.case.softmax_scale))
+    assert set(asked) == warm and len(warm) == 2
 
 
 # ---------------------------------------------------------------------- what is refused
