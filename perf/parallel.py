@@ -105,12 +105,11 @@ def _local(problem: Problem, q: torch.Tensor, requests) -> Callable[[int], tuple
 
 
 # ---------------------------------------------------------------------- one rank
-def measure_row(row: Row, seed: int) -> list[dict]:
-    """records of all methods, the same on every rank"""
-    rank, device = dist.get_rank(), torch.device("cuda", torch.cuda.current_device())
+def measure_row(row: Row, seed: int, device: str) -> list[dict]:
+    """records of all methods on rank 0, nothing on the others"""
     copies = timing.num_copies(roofline.kv_bytes(row) // dist.get_world_size())
     launches = timing.num_launches(copies, roofline.expected_us(row))
-    problem = Problem.make(row, copies, seed, device=str(device))
+    problem = Problem.make(row, copies, seed, device=device)
     expected = problem.expected(0)
     records, graphs = {}, {}
     for name, prepare in METHODS.items():
@@ -129,7 +128,7 @@ def measure_row(row: Row, seed: int) -> list[dict]:
         records[name] |= {"us": statistics.median(samples), "us_spread": [spread[0], spread[-1]]}
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(records.values()))
-    return [_slowest(of_ranks) for of_ranks in zip(*gathered)] if rank == 0 else []
+    return [_slowest(of_ranks) for of_ranks in zip(*gathered)] if dist.get_rank() == 0 else []
 
 
 def _checked(method: Method, expected: Expected, row: Row) -> dict:
@@ -205,12 +204,13 @@ def _events(work: Callable) -> Callable[[], float]:
 
 def process(rank: int, size: int, port: int, seed: int, path: Path, result: dict):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    device = f"cuda:{rank}"
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=torch.device(device))
     for row in ROWS:
         if rank == 0:
             print(row, file=sys.stderr, flush=True)
-        result["rows"] += measure_row(row, seed)
+        result["rows"] += measure_row(row, seed, device)
         torch.cuda.empty_cache()
         if rank == 0:
             report.write(path, result)

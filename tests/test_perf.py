@@ -9,6 +9,9 @@ import torch
 
 from perf import invariance, ours, parallel, peers, plots
 from perf.peers import triton_mla
+from perf.workloads import Row
+
+from .runtime.test_parallel import run
 
 RESULTS = Path(__file__).parents[1] / "perf" / "results"
 
@@ -44,6 +47,41 @@ def test_invariance_says_what_is_missing(capsys):
 )
 def test_splits_of_triton(shape, splits):
     assert triton_mla.num_splits(*shape, sms=132) == splits
+
+
+def measured(rank: int, size: int, device: str):
+    """perf.parallel.measure_row with the kernels' twins, without timing; the capture of `tensor` fails on one rank"""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(parallel.timing, "num_copies", lambda size: 2)
+    patch.setattr(parallel, "_eager", lambda launch, copies: float(launch(copies - 1)[0].shape[-1]))
+    tried = []
+
+    def capture(launch, copies, launches):
+        tried.append(launch)
+        if len(tried) == 2 and rank == size - 1:
+            raise RuntimeError("no graph")
+        return launch
+
+    patch.setattr(parallel, "_capture", capture)
+    patch.setattr(parallel, "_replay", lambda graphs, launches: {name: [1.0 + rank, 2.0 + rank] for name in graphs})
+    records = parallel.measure_row(Row(1, 6, 300, "one request"), 0, device)
+    patch.undo()
+    if rank > 0:
+        assert records == []
+        return
+    by_name = {record["method"]: record for record in records}
+    assert list(by_name) == list(parallel.METHODS)
+    errors = {name: record["error"] for name, record in by_name.items() if record["error"]}
+    assert errors == {"tensor": "RuntimeError: no graph", "data": "refused: 1 requests, fewer than ranks"}
+    timed = [record for record in records if record["us"]]
+    assert [record["method"] for record in timed] == ["one", "context", "context_scatter"]
+    assert all(record["us"] == 0.5 + size and 0 < record["rel_err"] < 4e-3 for record in timed)
+    assert by_name["one"]["cache_bytes_per_gpu"] == 300 * 1152 == size * by_name["context"]["cache_bytes_per_gpu"]
+    assert "refused: 1 requests" in parallel.table({"rows": records})
+
+
+def test_parallel_measures_what_all_ranks_can():
+    run([measured], 2, "cpu")
 
 
 def test_an_absent_peer_is_named(monkeypatch):
