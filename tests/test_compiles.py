@@ -15,12 +15,21 @@ from flashmla_cute.kernels.config import (
     LAUNCH_REGISTERS,
     PRESETS,
     SMEM_LIMIT,
+    DecodeOptions,
+    KVFormat,
     MLAConfig,
     ScheduleConfig,
 )
 
 RAGGED = MLAConfig(ragged=True), MLAConfig(ragged=True, head_tile=16), MLAConfig(ragged=True, causal=False, head_tile=64)
-OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED
+SHAPES = (  # every (latent, rope), a page of each kind of box, every option
+    MLAConfig(page=8, sink=True, options=DecodeOptions(lse_log2=True)),
+    MLAConfig(kv=KVFormat("bfloat16", 512, 0), page=96, options=DecodeOptions(softcap=30.0)),
+    MLAConfig(kv=KVFormat("float16", 256, 64), page=128, q_pair=True, options=DecodeOptions(out="float32")),
+    MLAConfig(kv=KVFormat("bfloat16", 256, 32), page=32, causal=False, options=DecodeOptions(window=100)),
+    MLAConfig(kv=KVFormat("bfloat16", 128, 32), head_tile=16, page=1024, options=DecodeOptions(lse_by_token=True)),
+)
+OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED, *SHAPES
 DECODE = [ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)]
 SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for config in (ScheduleConfig(), BATCH_INVARIANT)]
 MERGE = [ops.MergeOp(MLAConfig(kv=kv, causal=False, split=kv.dtype)) for kv in FORMATS.values()]
