@@ -5,14 +5,17 @@ operators of torch_ops.py.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .kernels.config import DIMS, FORMATS, KVFormat
+from .kernels.config import DIMS, FORMATS, FP8_FORMATS, KVFormat
 
 DTYPES = {getattr(torch, name): fmt for name, fmt in FORMATS.items()}
+FP8_DTYPES = {getattr(torch, name): fmt for name, fmt in FP8_FORMATS.items()}
+POOL_DTYPES = {**DTYPES, **FP8_DTYPES}
 ALIGNMENT = 16  # bytes: what TMA and 16-byte loads need of bases and strides
 tracing = torch.compiler.is_compiling
 
@@ -71,6 +74,22 @@ def has_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype):
         raise ValueError(f"{name}.dtype is {tensor.dtype}; allowed: {' or '.join(map(str, dtypes))}")
 
 
+def as_scale(name: str, scale: torch.Tensor | float | None, device: torch.device) -> torch.Tensor:
+    """A scale as the kernels read it, [1] float32 on `device`; None: 1; a tensor is not copied.  Raises like the others."""
+    if isinstance(scale, torch.Tensor):
+        is_tensor(name, scale)
+        on_device(name, scale, device, "the pool")
+        has_dtype(name, scale, torch.float32)
+        need(scale.numel() == 1, f"{name}.shape", tuple(scale.shape), "one element")
+        return scale.reshape(1)
+    try:
+        number = 1.0 if scale is None else float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is a {type(scale).__name__}; allowed: a number or a tensor of one") from None
+    need(0.0 < number < math.inf, name, number, "a positive finite number")
+    return torch.tensor([number], dtype=torch.float32).to(device)
+
+
 def has_vector_strides(name: str, tensor: torch.Tensor):
     """last axis contiguous, the others and the base multiples of 16 bytes"""
     stride, shape, step = tensor.stride(), tensor.shape, ALIGNMENT // tensor.element_size()
@@ -89,15 +108,17 @@ def has_vector_strides(name: str, tensor: torch.Tensor):
 
 def format_of(name: str, pool: torch.Tensor, latent: int | None = None) -> KVFormat:
     """how a token lies in `pool`; latent: None finds it by the width of a token, unique among the pairs of the table"""
-    has_dtype(name, pool, *DTYPES)
+    has_dtype(name, pool, *POOL_DTYPES)
     width = pool.shape[-1] if pool.dim() else 0
-    pairs = [pair for pair in DIMS if sum(pair) == width and latent in (None, pair[0])]
-    allowed = ", ".join(f"{a} + {b}" for a, b in DIMS)
+    fp8 = FP8_DTYPES.get(pool.dtype)
+    dims = [(fp8.latent, fp8.rope)] if fp8 else DIMS
+    pairs = [pair for pair in dims if sum(pair) == width and latent in (None, pair[0])]
+    allowed = ", ".join(f"{a} + {b}" for a, b in dims)
     if latent is not None:
-        need(latent in {a for a, _ in DIMS}, "latent", latent, f"the first of latent + rope = {allowed}")
+        need(latent in {a for a, _ in dims}, "latent", latent, f"the first of latent + rope = {allowed}")
     if not pairs:
         raise ValueError(f"{name}.shape is {tuple(pool.shape)}; allowed: a last axis of latent + rope = {allowed}")
-    return KVFormat(DTYPES[pool.dtype].dtype, *pairs[0])
+    return fp8 or KVFormat(DTYPES[pool.dtype].dtype, *pairs[0])
 
 
 def has_no_overlap(name: str, tensor: torch.Tensor):

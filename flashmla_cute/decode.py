@@ -1,5 +1,6 @@
 """MLA decode: check, look the compiled kernel up, launch."""
 
+from dataclasses import astuple
 from math import inf
 
 import torch
@@ -27,9 +28,9 @@ def mla_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the last `num_queries` tokens of every request over its cached tokens, in the latent space (absorbed MLA).
 
-    q              [batch, num_queries, num_heads, latent + rope], the pool's dtype; last axis contiguous, the other strides
-                   multiples of 16 bytes; or its two parts, ([.., latent], [.., rope]), which need not be concatenated;
-                   [tokens, num_heads, latent + rope] if the plan has cu_seqlens_q
+    q              [batch, num_queries, num_heads, latent + rope], the pool's dtype, over an e4m3 pool bf16, fp16 or e4m3; last
+                   axis contiguous, the other strides multiples of 16 bytes; or its two parts, ([.., latent], [.., rope]),
+                   which need not be concatenated; [tokens, num_heads, latent + rope] if the plan has cu_seqlens_q
     cache          the layer's PagedKVCache
     plan           a DecodePlan made for this batch and up to date with its lengths
     softmax_scale  scores are (q . k) * softmax_scale, positive; None: (latent + rope) ** -0.5
@@ -37,7 +38,8 @@ def mla_decode(
     sink           [num_heads] float32 or None: a logit, to base e, that takes its share of each row's softmax without a value
     out, lse       where to write, as returned; None: new tensors
 
-    Returns out [batch, num_queries, num_heads, latent] of q's dtype (or float32: plan.options), softmax(scores) @ latent, and
+    Returns out [batch, num_queries, num_heads, latent] of q's dtype (float32: plan.options; if q is e4m3, bf16 or, if `out` is
+    that, fp16), softmax(scores) @ latent, and
     lse [batch, num_heads, num_queries] float32, the natural log of the sum of exp(scores), without the sink (plan.options has
     another layout and base).  A row that sees no token gives out = 0, lse = -inf.
     With cu_seqlens_q, out is [tokens, num_heads, latent] and lse [tokens, num_heads]; rows of no request are not written.
@@ -49,6 +51,8 @@ def mla_decode(
     if type(q) is tuple:
         q, q_rope = _pair(q)
     if is_dynamo_compiling():
+        if _is_fp8(cache):
+            return _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
     # A call like an earlier one costs a look-up instead of 30 checks.  The key holds what chooses the configuration, and of
     # what is checked whatever the compiled function does not check by itself (tests/runtime/test_launch_checks.py).
@@ -65,6 +69,8 @@ def mla_decode(
     except (AttributeError, KeyError, TypeError, ValueError):
         known = False
     if not known:
+        if _is_fp8(cache):
+            return _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         if checks.tracing():
             return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
@@ -117,7 +123,10 @@ def _remember(plan, key, q, q_rope, pool, sink):
     """the launch of arguments that were checked, for `key` from now on"""
     if plan.batch == 0:
         return _nothing
-    launch = torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.options)
+    return _keep(plan, key, torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.options))
+
+
+def _keep(plan, key, launch):
     if plan.cu_seqlens_q is not None:
         launch = _unless_empty(launch)
     if len(plan.launches) >= MAX_REMEMBERED:
@@ -169,6 +178,50 @@ def _traced(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
     return out, lse
 
 
+def _is_fp8(cache) -> bool:
+    return isinstance(cache, PagedKVCache) and cache.scale is not None
+
+
+def _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
+    """mla_decode over an e4m3 cache"""
+    key = None
+    try:
+        layouts = tuple(None if t is None else (type(t), t.dtype, t.stride()) for t in (q, q_rope, sink, out, lse))
+        key = cache.identity, causal, layouts
+        launch = plan.launches[key]
+        scale = plan.softmax_scale if softmax_scale is None else float(softmax_scale)
+        known = 0.0 < scale < inf and not (is_grad_enabled() and _requires_grad(q, q_rope, cache.pool, sink, out, lse))
+    except (AttributeError, KeyError, TypeError):
+        known = False
+    if not known:
+        scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
+    base_dtype = q.dtype
+    if base_dtype not in checks.DTYPES:
+        base_dtype = out.dtype if out is not None and out.dtype in checks.DTYPES else torch.bfloat16
+    if out is None:
+        out_dtype = torch.float32 if plan.options.out else base_dtype
+        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=out_dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
+    tensors = (q, cache.pool, cache.block_table, plan.items, plan.parts, plan.merges, out, lse, plan.o_split, plan.lse_split)
+    arguments = (*tensors, scale, plan.num_sms, q_rope, sink, cache.scale, cache.q_scale)
+    if checks.tracing():
+        torch.ops.flashmla_cute.fp8_decode(*arguments, plan.query_terms, base_dtype, causal, *astuple(plan.options))
+        return out, lse
+    if not known:
+        shared = (plan.o_split, q_rope, sink, causal, plan.options)
+        how = (base_dtype, plan.query_terms, q, cache.pool)
+        launch = _keep(plan, key, torch_ops.fp8_decode_function(*how, *shared)) if plan.batch else _nothing
+    try:
+        launch(*arguments)
+    except Exception:
+        _check(
+            q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse
+        )  # if an argument is to blame, this names it
+        raise
+    return out, lse
+
+
 def _check(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse) -> float:
     """all of mla_decode's arguments; returns the scale"""
     if not isinstance(cache, PagedKVCache):
@@ -193,7 +246,7 @@ def _check(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse) -> 
     if out is not None:
         checks.is_tensor("out", out)
         checks.on_device("out", out, q.device, "q")
-        checks.has_dtype("out", out, plan.out_dtype)
+        checks.has_dtype("out", out, *_out_dtypes(q, plan))
         axes = "(tokens of q, num_heads, latent)" if ragged else "(batch, num_queries, num_heads, latent)"
         checks.has_shape("out", out, (*q.shape[:-1], plan.format.latent), axes)
         checks.has_vector_strides("out", out)
@@ -214,6 +267,12 @@ def _check(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse) -> 
     return scale
 
 
+def _out_dtypes(q, plan) -> tuple[torch.dtype, ...]:
+    if plan.out_dtype not in checks.FP8_DTYPES:
+        return (plan.out_dtype,)
+    return tuple(checks.DTYPES) if q.dtype in checks.FP8_DTYPES else (q.dtype,)
+
+
 def _check_queries(q, q_rope, cache, plan):
     rows, axes, kv = (plan.batch, plan.num_queries, plan.num_heads), "(batch, num_queries, num_heads)", plan.format
     if plan.cu_seqlens_q is not None:
@@ -225,7 +284,7 @@ def _check_queries(q, q_rope, cache, plan):
         columns = [("q[0]", q, kv.latent, "latent"), ("q[1]", q_rope, kv.rope, "rope")]
     for name, tensor, width, meaning in columns:
         checks.on_device(name, tensor, cache.device, "the cache")
-        checks.has_dtype(name, tensor, cache.pool.dtype)
+        checks.has_dtype(name, tensor, *(cache.query_dtypes if tensor is q else (q.dtype,)))
         checks.has_shape(name, tensor, (*rows, width), f"{axes} of the plan, {meaning}")
         checks.has_vector_strides(name, tensor)
 

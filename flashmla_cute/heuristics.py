@@ -1,6 +1,6 @@
 """Shapes and card -> how the kernel is specialised and how many CTAs it gets.  Pure integers: no torch, no GPU."""
 
-from .kernels.config import PLAIN, DecodeOptions, KVFormat, MLAConfig
+from .kernels.config import PLAIN, DecodeOptions, Fp8Config, KVFormat, MLAConfig
 from .kernels.parts.rows import num_row_tiles
 
 
@@ -32,6 +32,14 @@ def decode_config(
         head_tile=choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable, ragged),
         split=split,
     )
+
+
+def fp8_config(base: MLAConfig, kv: KVFormat, q_dtype: str, q_terms: int) -> Fp8Config:
+    """The decode `base`, which is over a cache in the type of out, over an e4m3 cache `kv`."""
+    q_terms = 1 if q_dtype == kv.dtype else q_terms
+    # (a second term takes the shared memory of the third unit)
+    v_units, open_steps = (2, 16) if q_terms == 2 else (3, 6)
+    return Fp8Config(base=base, kv=kv, q_dtype=q_dtype, q_terms=q_terms, v_units=v_units, open_steps=open_steps)
 
 
 def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool, ragged: bool = False) -> int:

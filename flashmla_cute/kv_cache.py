@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks, compile, ops
+from . import checks, compile, ops, torch_ops
 from .checks import need
 from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP, MLAConfig
 
@@ -22,14 +22,27 @@ class PagedKVCache:
     block_table    [batch, max_pages] int32: entry i is the page of the request's tokens page * i .. page * (i + 1) - 1; entries
                    past its end are never read
     cache_seqlens  [batch] int32: tokens of each request, 0 allowed; may change between steps, on the device
+
+    A pool may also be e4m3, of 512 + 64 columns.  Then
+    scale          is what its numbers are multiplied by: a number, or a float32 tensor of one element on the device, which
+                   every launch reads anew; None: 1.  That suits latents and rope keys as models make them, normalised: e4m3
+                   has the same relative error from 2^-6 to 448.
+    q_scale        is the same of a q that is e4m3 too
     """
 
     def __init__(
-        self, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, *, latent: int | None = None
+        self,
+        pool: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *,
+        latent: int | None = None,
+        scale: torch.Tensor | float | None = None,
+        q_scale: torch.Tensor | float | None = None,
     ):
         for name, tensor in (("pool", pool), ("block_table", block_table), ("cache_seqlens", cache_seqlens)):
             checks.is_tensor(name, tensor)
-        checks.has_dtype("pool", pool, *checks.DTYPES)
+        checks.has_dtype("pool", pool, *checks.POOL_DTYPES)
         if pool.dim() == 3:  # engines keep one kv head without its axis
             pool = pool.unsqueeze(2)
         checks.has_shape("pool", pool, (None, None, None, None), "(pages, page, kv heads, latent + rope)")
@@ -52,6 +65,12 @@ class PagedKVCache:
         checks.on_device("block_table", block_table, pool.device, "pool")
         checks.on_device("cache_seqlens", cache_seqlens, pool.device, "pool")
         self.pool, self.block_table, self.cache_seqlens, self.format = pool, block_table, cache_seqlens, kv
+        self.scale = self.q_scale = None
+        if pool.dtype in checks.FP8_DTYPES:
+            self.scale = checks.as_scale("scale", scale, pool.device)
+            self.q_scale = checks.as_scale("q_scale", q_scale, pool.device)
+        for name, given in (("scale", scale), ("q_scale", q_scale)):
+            need(self.scale is not None or given is None, name, given, f"None with a pool of {pool.dtype}")
         self.identity = Identity()
         self._free: list[int] | None = None  # page ids; only a cache that allocated its pool hands out pages
         self._lengths: list[int] = []
@@ -60,13 +79,20 @@ class PagedKVCache:
     # ------------------------------------------------------------------ making one
     @classmethod
     def from_tensors(
-        cls, pool: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, *, latent: int | None = None
+        cls,
+        pool: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *,
+        latent: int | None = None,
+        scale: torch.Tensor | float | None = None,
+        q_scale: torch.Tensor | float | None = None,
     ) -> "PagedKVCache":
         """A cache over the caller's tensors, without a copy; pool may also be [num_pages, page, latent + rope].
 
-        latent: how many of a token's columns are latent; None: known by their number.
+        latent: how many of a token's columns are latent; None: known by their number.  scale, q_scale: see the class.
         Raises TypeError or ValueError that names the tensor, what was given and what is allowed."""
-        return cls(pool, block_table, cache_seqlens, latent=latent)
+        return cls(pool, block_table, cache_seqlens, latent=latent, scale=scale, q_scale=q_scale)
 
     @classmethod
     def allocate(
@@ -80,12 +106,13 @@ class PagedKVCache:
         latent: int = 512,
         rope: int = 64,
         dtype: torch.dtype = torch.bfloat16,
+        scale: torch.Tensor | float | None = None,
         device: torch.device | str = "cuda",
     ) -> "PagedKVCache":
         """An empty cache of `num_pages` pages of `page` tokens for up to `batch` requests of up to `max_seqlen` tokens each.
 
         The pool is not cleared: slots past a request's length may hold anything, also NaN."""
-        need(dtype in checks.DTYPES, "dtype", dtype, " or ".join(map(str, checks.DTYPES)))
+        need(dtype in checks.POOL_DTYPES, "dtype", dtype, " or ".join(map(str, checks.POOL_DTYPES)))
         sizes = dict(num_pages=num_pages, batch=batch, max_seqlen=max_seqlen, num_kv_heads=num_kv_heads, page=page)
         for name, value in sizes.items():
             need(isinstance(value, int) and value > 0, name, value, "a positive integer")
@@ -95,6 +122,7 @@ class PagedKVCache:
             torch.full((batch, -(-max_seqlen // page)), -1, dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
             latent=latent,
+            scale=scale,
         )
         cache._free = list(range(num_pages))[::-1]
         cache._lengths, cache._pages = [0] * batch, [[] for _ in range(batch)]
@@ -118,6 +146,11 @@ class PagedKVCache:
         return self.pool.device
 
     @property
+    def query_dtypes(self) -> tuple[torch.dtype, ...]:
+        """of q, and of tokens to append"""
+        return (self.pool.dtype,) if self.scale is None else (*checks.DTYPES, self.pool.dtype)
+
+    @property
     def capacity(self) -> int:
         """tokens that a row of the block table can name"""
         return self.block_table.shape[1] * self.page
@@ -127,7 +160,8 @@ class PagedKVCache:
         """Writes tokens into the pool, on the GPU, on torch's current stream.
 
         latent  [n, latent] or [n, num_kv_heads, latent], rope [n, rope] or [n, num_kv_heads, rope], of the pool's dtype; None
-                for rope where the cache has no such columns
+                for rope where the cache has no such columns.  Into an e4m3 pool also bf16 or fp16: divided by the scale and
+                rounded; what is then beyond 448 becomes +-448, NaN stays NaN
         slots   [n] int64: page id * page + row of each token; a negative or too large slot writes nothing.
         Lengths and block table stay as they are: `extend` moves those of an allocated cache and returns the slots."""
         checks.is_hopper("cache.pool", self.pool)
@@ -146,15 +180,55 @@ class PagedKVCache:
             if width == 0:
                 rows.append(rows[0])  # (the kernel copies no columns of it)
                 continue
-            checks.has_dtype(name, tensor, self.pool.dtype)
+            checks.has_dtype(name, tensor, *(self.query_dtypes if name == "latent" else (latent.dtype,)))
             tensor = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor
             checks.has_shape(name, tensor, (slots.shape[0], self.num_kv_heads, width), f"(tokens, kv heads, {name} columns)")
             checks.has_vector_strides(name, tensor)
             rows.append(tensor)
-        if checks.tracing():
-            torch.ops.flashmla_cute.append(*rows, slots, self.pool, self.format.latent)
+        self._write(*rows, slots)
+
+    def _write(self, latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor):
+        """`append` of what was checked"""
+        if self.scale is not None:
+            if checks.tracing():
+                torch.ops.flashmla_cute.fp8_append(latent, rope, slots, self.pool, self.scale)
+            elif slots.shape[0] > 0:
+                torch_ops.fp8_append_function(latent, self.pool)(latent, rope, slots, self.pool, self.scale)
+        elif checks.tracing():
+            torch.ops.flashmla_cute.append(latent, rope, slots, self.pool, self.format.latent)
         elif slots.shape[0] > 0:
-            compile.get(ops.AppendOp, MLAConfig(kv=self.format, page=self.page, causal=False))(*rows, slots, self.pool)
+            config = MLAConfig(kv=self.format, page=self.page, causal=False)
+            compile.get(ops.AppendOp, config)(latent, rope, slots, self.pool)
+
+    def convert(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: torch.Tensor | float | None = None) -> "PagedKVCache":
+        """A new cache in e4m3 of what this bf16 or fp16 one holds, over the same block table and lengths; on the GPU.
+
+        scale: of the new cache; None: the largest magnitude among the requests' tokens / 448, found on the device.  Slots of
+        the pool that belong to no request are converted too, whatever they hold."""
+        need(self.scale is None, "cache.pool.dtype", self.pool.dtype, " or ".join(map(str, checks.DTYPES)))
+        need(dtype in checks.FP8_DTYPES, "dtype", dtype, " or ".join(map(str, checks.FP8_DTYPES)))
+        checks.is_hopper("cache.pool", self.pool)
+        if scale is None:
+            scale = self.largest().clamp(min=2.0**-100) / 448
+        pool = torch.empty(self.pool.shape, dtype=dtype, device=self.device)
+        converted = PagedKVCache(pool, self.block_table, self.cache_seqlens, latent=self.format.latent, scale=scale)
+        step, latent = max(1, 2**18 // self.page), self.format.latent
+        for first in range(0, self.pool.shape[0], step):  # (pages of a padded pool have no flat token axis: parts are copied)
+            rows = self.pool[first : first + step].flatten(0, 1)
+            slots = torch.arange(first * self.page, first * self.page + rows.shape[0], device=self.device)
+            converted._write(rows[..., :latent], rows[..., latent:], slots)
+        return converted
+
+    def largest(self) -> torch.Tensor:
+        """the largest magnitude among the requests' tokens, float32 [1] on the device; 0 without tokens; no host sync"""
+        num_pages, page = self.pool.shape[:2]
+        token = torch.arange(self.capacity, device=self.device)
+        used = token < self.cache_seqlens[:, None]  # [batch, capacity]
+        pages = self.block_table.repeat_interleave(page, 1).long()
+        slots = torch.where(used, pages * page + token % page, num_pages * page).flatten()  # (unused: one slot too many)
+        kept = torch.zeros(num_pages * page + 1, dtype=torch.bool, device=self.device).index_fill_(0, slots, True)
+        norm = torch.linalg.vector_norm(self.pool, ord=float("inf"), dim=(2, 3), dtype=torch.float32)
+        return torch.where(kept[:-1].view(num_pages, page), norm, 0.0).amax().reshape(1)
 
     def extend(self, counts: Sequence[int]) -> torch.Tensor:
         """Room for counts[i] more tokens of request i: takes pages from the pool, sets block table and lengths on the device,

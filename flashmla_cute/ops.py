@@ -4,8 +4,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream
 
-from .kernels import append, combine, dense_decode, schedule
-from .kernels.config import MLAConfig, ScheduleConfig
+from .kernels import append, combine, dense_decode, fp8_decode, schedule
+from .kernels.config import Fp8AppendConfig, Fp8Config, MLAConfig, ScheduleConfig
 
 
 def _stream():
@@ -69,6 +69,48 @@ class MergeOp:
         return (result.o_split, result.lse_split, *outputs, Int32(1), _stream())
 
 
+class Fp8DecodeOp:
+    """DecodeOp over an e4m3 cache: followed by its scale, and that of q where q is e4m3 too (otherwise any tensor)"""
+
+    name = "fp8_decode"
+
+    def __init__(self, config: Fp8Config):
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        cache: cute.Tensor,
+        block_table: cute.Tensor,
+        items: cute.Tensor,
+        parts: cute.Tensor,
+        merges: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        o_split: cute.Tensor,
+        lse_split: cute.Tensor,
+        softmax_scale: Float32,
+        num_sms: Int32,
+        q_rope: cute.Tensor | None,
+        sink: cute.Tensor | None,
+        kv_scale: cute.Tensor,
+        q_scale: cute.Tensor,
+        stream,
+    ):
+        result, scales = fp8_decode.Outputs(out, lse, o_split, lse_split), fp8_decode.Scales(kv_scale, q_scale)
+        attention = fp8_decode.Fp8Decode(self.config)
+        attention((q, q_rope), cache, block_table, (items, parts), result, scales, (softmax_scale, sink), stream)
+        combine.Combine(self.config.base)(o_split, lse_split, merges, out, lse, sink, num_sms, stream)
+
+    def fake_args(self):
+        fake = dense_decode.FakeArgs.of(self.config.base)
+        own = fp8_decode.FakeArgs.of(self.config, fake.q, fake.q_rope, fake.cache)
+        inputs = (own.q, own.cache, fake.block_table, fake.items, fake.parts, combine.fake_merges())
+        result = (fake.result.o, fake.result.lse, fake.result.o_split, fake.result.lse_split)
+        return (*inputs, *result, Float32(1), Int32(1), own.q_rope, fake.sink, own.scales.kv, own.scales.q, _stream())
+
+
 class ScheduleOp:
     """lengths -> spans of work; once a step"""
 
@@ -119,3 +161,19 @@ class AppendOp:
 
     def fake_args(self):
         return (*append.fake_args(self.config), _stream())
+
+
+class Fp8AppendOp:
+    """new tokens -> their slots of an e4m3 cache"""
+
+    name = "fp8_append"
+
+    def __init__(self, config: Fp8AppendConfig):
+        self.config = config
+
+    @cute.jit
+    def __call__(self, latent, rope, slots, cache, scale, stream):
+        append.Fp8Append(self.config)(latent, rope, slots, cache, scale, stream)
+
+    def fake_args(self):
+        return (*append.fake_fp8_args(self.config), _stream())

@@ -49,6 +49,9 @@ class DecodePlan:
 
     options: sliding window, softcap, float32 out, and how lse is written (kernels/config.py); each combination compiles once.
 
+    query_terms: over an e4m3 cache, e4m3 numbers into which each element of a 16-bit q is split inside the kernel.  2 hold bf16
+    exactly (fp16 to 2^-9), 1 keeps 3 bits of mantissa and halves the work of the scores.
+
     config: another cost model of the schedule.
     """
 
@@ -63,6 +66,7 @@ class DecodePlan:
         partials: torch.dtype = torch.float16,
         batch_invariant: bool = False,
         options: DecodeOptions = PLAIN,
+        query_terms: int = 2,
         config: ScheduleConfig | None = None,
     ):
         if not isinstance(cache, PagedKVCache):
@@ -89,12 +93,14 @@ class DecodePlan:
         if not isinstance(options, DecodeOptions):
             raise TypeError(f"options is a {type(options).__name__}; allowed: DecodeOptions")
         need(partials in (torch.float16, torch.float32), "partials", partials, "torch.float16 or torch.float32")
+        need(query_terms in (1, 2), "query_terms", query_terms, "1 or 2")
         checks.is_hopper("cache.pool", cache.pool)
+        self.query_terms = query_terms
         self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
         self.batch, self.num_heads, self.num_queries, self.cu_seqlens_q = cache.batch, num_heads, num_queries, cu_seqlens_q
         self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
         self.options = options
-        self.out_dtype = torch.float32 if options.out == "float32" else cache.pool.dtype
+        self.out_dtype = torch.float32 if options.out == "float32" else cache.pool.dtype  # (e4m3: q's, see decode.py)
         self.out_shape = self.lse_shape = None  # of as many tokens as q has
         if cu_seqlens_q is None:
             self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)

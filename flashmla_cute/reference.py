@@ -11,6 +11,16 @@ def gather(pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor
     return pool[pages[: -(-length // pool.shape[1])].long()].flatten(0, 1)[:length].double()
 
 
+def dequantise(pool: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """an e4m3 pool as the numbers it stands for, float64"""
+    return pool.double() * scale.double()
+
+
+def quantise(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """x / scale in e4m3, rounded to nearest even; beyond +-448 it becomes that, NaN stays NaN: what the append kernel writes"""
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
 def scores(
     q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool, options: DecodeOptions = PLAIN
 ) -> torch.Tensor:

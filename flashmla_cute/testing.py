@@ -12,7 +12,9 @@ from .plan import DecodePlan
 from .reference import reference_decode
 
 # relative error of out (norm of the difference / norm, over a request) and absolute error of lse, against float64
-TOLERANCE = {torch.bfloat16: (4e-3, 1e-4), torch.float16: (1e-3, 1e-4)}
+# An e4m3 cache (against what it stands for): the FP8 tensor core keeps about 14 bits of a running sum, so that the error of a
+# score grows with the partial sums that led to it.
+TOLERANCE = {torch.bfloat16: (4e-3, 1e-4), torch.float16: (1e-3, 1e-4), torch.float8_e4m3fn: (3e-3, 5e-3)}
 ABSURD_PAGES = (-1, 0x3FFFFFFF, -(2**31), 2**31 - 1)  # what table entries past a request's end may hold
 
 
@@ -85,6 +87,15 @@ class Problem:
         sink = 3 * randn(case.h_q) if case.sink else None
         return cls(case, q, cache, out, lse, sink)
 
+    @property
+    def true_q(self) -> torch.Tensor:
+        """the numbers that q stands for"""
+        return self.q
+
+    @property
+    def true_pool(self) -> torch.Tensor:
+        return self.cache.pool
+
     def plan(self, **arguments) -> DecodePlan:
         """a plan with poisoned workspace"""
         plan = DecodePlan(self.cache, self.case.h_q, self.case.s_q, options=self.case.options, **arguments)
@@ -108,8 +119,8 @@ class Problem:
             lse = lse * math.log(2.0)
         for i in requests if requests is not None else range(len(self.case.lengths)):
             ref_out, ref_lse = reference_decode(
-                self.q[i : i + 1],
-                self.cache.pool,
+                self.true_q[i : i + 1],
+                self.true_pool,
                 self.cache.block_table[i : i + 1],
                 [case.lengths[i]],
                 case.softmax_scale,

@@ -10,17 +10,22 @@ from collections.abc import Callable
 import torch
 
 from . import checks, compile, heuristics, ops
-from .kernels.config import DecodeOptions, MLAConfig, ScheduleConfig
+from .kernels.config import DecodeOptions, Fp8AppendConfig, KVFormat, MLAConfig, ScheduleConfig
 
 SCHEMAS = {
     "decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
     "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
+    "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
+    "fp8_decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
+    "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
+    "Tensor kv_scale, Tensor q_scale, int q_terms, ScalarType base_dtype, "
     "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
     "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tokens, "
     "int reach, int[] config) -> ()",
     "ragged_schedule": "(Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, "
     "int row_tiles, int max_tokens, int reach, int[] config) -> ()",
     "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, int num_latent) -> ()",
+    "fp8_append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, Tensor scale) -> ()",
 }
 
 
@@ -34,22 +39,38 @@ def decode_function(
     options: DecodeOptions,
 ) -> Callable:
     """the compiled decode for these tensors; what it takes: ops.DecodeOp"""
+    kv = checks.format_of("pool", pool, o_split.shape[-1])
+    return compile.get(ops.DecodeOp, _decode_config(kv, q, pool, o_split, q_rope, sink, causal, options))
+
+
+def fp8_decode_function(base_dtype: torch.dtype, q_terms: int, q: torch.Tensor, pool: torch.Tensor, *others) -> Callable:
+    """The compiled decode over an e4m3 pool; what it takes: ops.Fp8DecodeOp.  base_dtype: of out, unless the options say
+    float32; others: as decode_function has them."""
+    fmt = checks.format_of("pool", pool)
+    base = _decode_config(KVFormat(_name(base_dtype), fmt.latent, fmt.rope), q, pool, *others)
+    return compile.get(ops.Fp8DecodeOp, heuristics.fp8_config(base, fmt, _name(q.dtype), q_terms))
+
+
+def _decode_config(kv: KVFormat, q, pool, o_split, q_rope, sink, causal, options) -> MLAConfig:
     num_queries, num_heads = o_split.shape[1:3]
-    config = heuristics.decode_config(
-        checks.format_of("pool", pool, o_split.shape[-1]),
+    return heuristics.decode_config(
+        kv,
         num_queries,
         num_heads,
         num_kv_heads=pool.shape[2],
         mergeable=all(t.stride(-3) == num_heads * t.stride(-2) for t in (q, q_rope) if t is not None),
         causal=causal,
-        split=str(o_split.dtype).removeprefix("torch."),
+        split=_name(o_split.dtype),
         page=pool.shape[1],
         options=options,
         q_pair=q_rope is not None,
         sink=sink is not None,
         ragged=q.dim() == 3,
     )
-    return compile.get(ops.DecodeOp, config)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def decode(q: torch.Tensor, pool: torch.Tensor, *others):
@@ -59,6 +80,17 @@ def decode(q: torch.Tensor, pool: torch.Tensor, *others):
         o_split = arguments[6]
         launch = decode_function(q, pool, o_split, q_rope, sink, causal, DecodeOptions(*options))
         launch(q, pool, *arguments, q_rope, sink)
+
+
+def fp8_decode(q: torch.Tensor, pool: torch.Tensor, *others):
+    arguments, scales, how, options = others[:-12], others[-10:-8], others[-8:-6], others[-5:]
+    (q_rope, sink), causal = others[-12:-10], others[-6]
+    checks.is_hopper("q", q)
+    if q.shape[0] > 0:
+        q_terms, base_dtype = how
+        shared = (arguments[6], q_rope, sink, causal, DecodeOptions(*options))
+        launch = fp8_decode_function(base_dtype, q_terms, q, pool, *shared)
+        launch(q, pool, *arguments, q_rope, sink, *scales)
 
 
 def schedule(cache_seqlens: torch.Tensor, *others):
@@ -82,9 +114,21 @@ def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: 
         compile.get(ops.AppendOp, config)(latent, rope, slots, pool)
 
 
+def fp8_append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, scale: torch.Tensor):
+    checks.is_hopper("pool", pool)
+    if slots.shape[0] > 0:
+        fp8_append_function(latent, pool)(latent, rope, slots, pool, scale)
+
+
+def fp8_append_function(latent: torch.Tensor, pool: torch.Tensor) -> Callable:
+    """the compiled append for these tensors; what it takes: ops.Fp8AppendOp"""
+    config = Fp8AppendConfig(kv=checks.format_of("pool", pool), source=_name(latent.dtype), page=pool.shape[1])
+    return compile.get(ops.Fp8AppendOp, config)
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("flashmla_cute", "DEF")
-    for launch in (decode, schedule, ragged_schedule, append):
+    for launch in (decode, fp8_decode, schedule, ragged_schedule, append, fp8_append):
         # (the strides that were checked and that choose the configuration must arrive)
         tag = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)  # torch 2.6 has the second only
         library.define(launch.__name__ + SCHEMAS[launch.__name__], tags=(tag,))

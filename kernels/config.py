@@ -30,6 +30,7 @@ class KVFormat:
 
 
 FORMATS = {row.dtype: row for row in (KVFormat("bfloat16"), KVFormat("float16"))}
+FP8_FORMATS = {row.dtype: row for row in (KVFormat("float8_e4m3fn", itemsize=1),)}  # one scale for all of a layer's cache
 DIMS = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # (latent, rope): a new pair is a row here
 
 
@@ -160,6 +161,77 @@ class MLAConfig:
             TILE * value // 128 + 24 <= self.value_registers,
             f"kv.latent is {kv.latent}: {TILE} * {value} / 128 accumulators + 24 exceed {self.value_registers} registers",
         )
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """One configuration of the decode kernel of an e4m3 cache."""
+
+    base: MLAConfig = MLAConfig()  # the same decode over a cache of out's element type
+    kv: KVFormat = FP8_FORMATS["float8_e4m3fn"]
+    q_dtype: str = "bfloat16"  # float8_e4m3fn: quantised by the caller, with a scale
+    q_terms: int = 2  # e4m3 numbers that add up to an element of q: 2 hold bf16 exactly, 1 halves the work of q k^T
+
+    stages: int = 3  # 36 KB slots of the KV ring
+    v_units: int = 2  # 16 KB units, 32 tokens each, that a VALUE warpgroup converts into
+    open_steps: int = 16  # k-steps of q k^T issued before p of the last tile is stored
+
+    def __post_init__(self):
+        self.check()
+
+    @property
+    def q_slots(self) -> int:
+        """ring slots of q: 16-bit columns take two"""
+        return 1 if self.q_dtype == self.kv.dtype else 2
+
+    @property
+    def has_spare_unit(self) -> bool:
+        """beside those of a tile: half of the next tile can be converted before p v is issued"""
+        return self.v_units == 3
+
+    @property
+    def name(self) -> str:
+        tuned = f"s{self.stages}u{self.v_units}o{self.open_steps}"
+        return f"fp8_{self.q_dtype}x{self.q_terms}_{tuned}_{self.base.name}"
+
+    def check(self):
+        """Raises ValueError, naming the field, for a configuration that the kernel cannot run."""
+
+        def need(ok, message):
+            if not ok:
+                raise ValueError(f"Fp8Config: {message}")
+
+        base, kv, q_dtypes = self.base, self.kv, (*FORMATS, self.kv.dtype)
+        need(kv in FP8_FORMATS.values(), f"kv is {kv}; the table has {', '.join(FP8_FORMATS)}")
+        dims = (base.kv.latent, base.kv.rope)
+        need(dims == (kv.latent, kv.rope), f"base.kv is {base.kv}; (latent, rope) of an e4m3 cache: {(kv.latent, kv.rope)}")
+        need(self.q_dtype in q_dtypes, f"q_dtype is {self.q_dtype}; allowed: {', '.join(q_dtypes)}")
+        need(self.q_terms in (1, 2), f"q_terms is {self.q_terms}; allowed: 1, 2")
+        need(self.q_slots == 2 or self.q_terms == 1, f"q_terms is {self.q_terms}; allowed: 1 with q_dtype {self.q_dtype}")
+        need(self.stages >= 3, f"stages is {self.stages}; allowed: 3 or more, q takes 2")
+        need(self.v_units in (2, 3), f"v_units is {self.v_units}; allowed: 2, 3")
+        need(
+            0 < self.open_steps <= 18 * self.q_terms - 4,
+            f"open_steps is {self.open_steps}; allowed: 1 .. {18 * self.q_terms - 4}",
+        )
+
+
+@dataclass(frozen=True)
+class Fp8AppendConfig:
+    """How the append kernel quantises: from 16-bit rows, or e4m3 ones that it copies."""
+
+    kv: KVFormat = FP8_FORMATS["float8_e4m3fn"]
+    source: str = "bfloat16"
+    page: int = 64
+
+    def __post_init__(self):
+        sources = (*FORMATS, self.kv.dtype)
+        if self.source not in sources:
+            raise ValueError(f"Fp8AppendConfig: source is {self.source}; allowed: {', '.join(sources)}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.kv.dtype}_from_{self.source}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
 
 
 @dataclass(frozen=True)

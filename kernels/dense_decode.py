@@ -46,7 +46,7 @@ Steady state; tile c's scores are in SCORE's registers when its round starts, no
   V5 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import cutlass
@@ -56,18 +56,18 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, MLAConfig
+from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import EVICT_FIRST, TmaLoad, TmaOperand
 from .parts.mask import Mask
 from .parts.ptx import opaque, uniform
 from .parts.requests import Feed, Refill
+from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
 from .parts.rows import RowTile, num_row_tiles
-from .parts.softmax import LN2, LOG2_E, OnlineSoftmax, sink_share, soft_cap
-from .parts.store import store_lse, store_rows, store_wide
-from .parts.sync import RingPos, arrive, warp_arrivals
+from .parts.softmax import LOG2_E, OnlineSoftmax, rescale_rows, soft_cap
+from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
 from .parts.tiles import (
     BLOCK,
     column_blocks,
-    element,
     element_type,
     fragment_row,
     out_type,
@@ -75,7 +75,7 @@ from .parts.tiles import (
     swizzled,
     thread_in_warpgroup,
 )
-from .parts.work import PART, RECORD, Work, WorkItem
+from .parts.work import PART, RECORD, Work
 
 STEPS = BLOCK // 16  # k-steps of a column block
 OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
@@ -90,14 +90,6 @@ class NamedBarrier(IntEnum):
 
 # ---------------------------------------------------------------------- bundles
 # The bundle says where a tensor lives: args.x in gmem, smem.x in smem.  Locals: prefix g, s, r, t (descriptors).
-@dataclass(frozen=True)
-class Outputs:
-    o: cute.Tensor  # (request, query token, head, latent); ragged: (token, head, latent)
-    lse: cute.Tensor  # (request, head, query token), or (token, head), always if ragged
-    o_split: cute.Tensor  # (slot, query token, head, latent) config.split
-    lse_split: cute.Tensor  # (slot, query token, head)
-
-
 @dataclass(frozen=True)
 class Args:
     """all that crosses to the device"""
@@ -132,7 +124,7 @@ class Smem:
 
 
 @dataclass(frozen=True)
-class Barriers:
+class Barriers(BarrierTable):
     """pointers to mbarriers, in smem order"""
 
     slot_full: cute.Pointer
@@ -160,22 +152,6 @@ class Barriers:
             p_empty=(1, value),
             pv_go=(1, score),
         )
-
-    @classmethod
-    def total(cls, config):
-        return sum(num for num, _ in cls.table(config).values())
-
-    @classmethod
-    def carve(cls, config, base):
-        at = {}
-        for name, (num, _) in cls.table(config).items():
-            at[name], base = base, base + num
-        return cls(**at)
-
-    def init(self, config):
-        for name, (num, arrivals) in self.table(config).items():
-            for i in range(num):
-                cute.arch.mbarrier_init(getattr(self, name) + i, arrivals)
 
 
 # ---------------------------------------------------------------------- MMAs, shared memory
@@ -381,13 +357,6 @@ class DenseDecode:
         box, lanes = (self.config.box_tokens,), self.config.lane_arrivals
         return TmaLoad.make(operand.atom, source, sDst, full, box, hint=EVICT_FIRST, every_lane=lanes)
 
-    def _item(self, result: Outputs, sRecord, rows: RowTile):
-        """the item, and its rows: no more query tokens than q and the row tiles have"""
-        item = WorkItem.read(sRecord, self.config.ragged)
-        if self.config.ragged:
-            rows = replace(rows, s_q=cutlass.min(item.num_queries, rows.s_q, result.o.shape[0] - item.token))
-        return item, rows
-
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
@@ -396,7 +365,7 @@ class DenseDecode:
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-            item, item_rows = self._item(args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(config, args.result, smem.item[None, it & 1], rows)
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
             mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
@@ -415,7 +384,7 @@ class DenseDecode:
                 self._pin_softmax(softmax, smem)
                 self._open_qk(x, bars, pos)  # S2
                 self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
-                self._publish_p(bars)
+                publish(bars.p_full, config.lane_arrivals)
                 self._close_qk(x, bars, pos, parity ^ 1)  # S4
                 self._await_qk(bars, True)  # S5
                 pos = pos.next(config.ring_slots)
@@ -424,13 +393,13 @@ class DenseDecode:
             mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
             softmax.step(x.rS, x.rP)
             inv_sum = softmax.finalize()
-            self._join_sink(inv_sum, softmax, args, item, item_rows)
+            join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
             self._store_p(x.rP, softmax.rescale, smem, bars, parity)
-            self._store_rows(inv_sum, smem.inv_sum[None, it & 1])
-            self._publish_p(bars)
+            store_row_values(inv_sum, smem.inv_sum[None, it & 1])
+            publish(bars.p_full, config.lane_arrivals)
             arrive(bars.pv_go, config.lane_arrivals)
             parity ^= 1
-            self._store_lse(softmax, args.result, item, item_rows)
+            store_item_lse(config, softmax, args.result, item, item_rows)
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
@@ -500,48 +469,9 @@ class DenseDecode:
 
     @cute.jit
     def _store_p(self, rP, rRescale, smem: Smem, bars: Barriers, parity: Int32):
-        tid = thread_in_warpgroup()
         cute.arch.mbarrier_wait(bars.p_empty, parity ^ 1)  # passes at once for the very first tile
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), element_type(self.config))
-        copy = cute.make_tiled_copy_C(atom, cute.make_tiled_mma(mma_qk(self.config, SMEM))).get_slice(tid)
-        cute.copy(atom, copy.retile(rP), copy.partition_D(smem.p))
-        self._store_rows(rRescale, smem.rescale)  # (before p: 32 bytes of spills)
-
-    @cute.jit
-    def _store_rows(self, rRows, sRows):
-        tid = thread_in_warpgroup()
-        if tid % 4 == 0:
-            for r in cutlass.range_constexpr(2):
-                sRows[fragment_row(tid) + 8 * r] = rRows[r]
-
-    @cute.jit
-    def _publish_p(self, bars: Barriers):
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_warp()
-        arrive(bars.p_full, self.config.lane_arrivals)
-
-    @cute.jit
-    def _store_lse(self, softmax: OnlineSoftmax, result: Outputs, item: WorkItem, rows: RowTile):
-        tid = thread_in_warpgroup()
-        if tid % 4 == 0:
-            for r in cutlass.range_constexpr(2):
-                token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
-                if exists:
-                    v = softmax.lse_log2(r)
-                    if item.slot < 0:
-                        store_lse(self.config, result.lse, item.owner(self.config.ragged), rows.s_q, token, head, v)
-                    else:
-                        result.lse_split[item.slot, token, head] = v * LN2
-
-    @cute.jit
-    def _join_sink(self, inv_sum, softmax: OnlineSoftmax, args: Args, item: WorkItem, rows: RowTile):
-        """(partial results are left without it: the combine adds it once)"""
-        if const_expr(self.config.sink):
-            if item.slot < 0:
-                for r in cutlass.range_constexpr(2):
-                    _, head, exists = rows.locate(fragment_row(thread_in_warpgroup()) + 8 * r)
-                    if exists:
-                        inv_sum[r] = inv_sum[r] * sink_share(softmax.lse_log2(r), args.sink[head])
+        store_fragment(rP, smem.p, cute.make_tiled_mma(mma_qk(self.config, SMEM)))
+        store_row_values(rRescale, smem.rescale)  # (before p: 32 bytes of spills)
 
     # ------------------------------------------------------------------ roles VALUE_LEFT (half 0) and VALUE_RIGHT (half 1)
     @cute.jit
@@ -574,10 +504,10 @@ class DenseDecode:
                     cursor = loads.wait_and_request(cursor, parity)
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
-            item, item_rows = self._item(args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(config, args.result, smem.item[None, it & 1], rows)
             for tile in cutlass.range(item.first, item.end, unroll=1):
                 cute.arch.mbarrier_wait(bars.p_full, parity)  # V1
-                self._rescale(rO, smem.rescale[row], smem.rescale[row + 8])
+                rescale_rows(rO, smem.rescale[row], smem.rescale[row + 8])
                 if tile * TILE + TILE > item.seqlen:
                     self._zero_tail(half, smem.ring, pos.stage, item.seqlen - tile * TILE)
                 cute.arch.mbarrier_wait(bars.pv_go, parity)  # V2
@@ -600,22 +530,7 @@ class DenseDecode:
                         cursor = loads.wait_and_request(cursor, pos)
             pos = pos.next(config.ring_slots)
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
-            if item.slot < 0:
-                if const_expr(config.out == "float32"):
-                    store_wide(half, rO, inv_sum, self._final_o(args.result, item), item_rows)
-                else:
-                    store_rows(half, rO, inv_sum, self._final_o(args.result, item), item_rows, False)
-            elif const_expr(config.split == "float32"):
-                store_wide(half, rO, inv_sum, args.result.o_split[item.slot, None, None, None], item_rows)
-            else:
-                gO = args.result.o_split[item.slot, None, None, None]
-                store_rows(half, rO, inv_sum, gO, item_rows, config.split == "float16")
-
-    def _final_o(self, result: Outputs, item: WorkItem):
-        """(token, head, column) of the item's request"""
-        if self.config.ragged:
-            return cute.domain_offset((item.token, 0, 0), result.o)
-        return result.o[item.batch, None, None, None]
+            store_item_o(config, half, rO, inv_sum, args.result, item, item_rows)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
@@ -628,14 +543,6 @@ class DenseDecode:
         q = self._query_load(args.q, rows, smem.q_ring, bars.slot_full)
         latent = self._cache_load(args.latent, rows, smem.ring, bars.slot_full)
         return Refill(q, latent, self.config.page, args.block_table, work, smem.item, bars.slot_empty)
-
-    @cute.jit
-    def _rescale(self, rO, rescale0: Float32, rescale1: Float32):
-        if cute.arch.vote_any_sync(rescale0 * rescale1 != 1.0):  # rare: row_max is lazy
-            for r, factor in enumerate((rescale0, rescale1)):
-                for block in cutlass.range_constexpr(cute.size(rO) // 32):
-                    for i in cutlass.range_constexpr(16 * block, 16 * block + 16):  # (longer static loops: the DSL warns)
-                        rO[element(r, i)] = rO[element(r, i)] * factor
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

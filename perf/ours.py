@@ -19,7 +19,8 @@ class Ours:
 
     def __init__(self, problem: Problem, **plan_options):
         self.problem, row, q = problem, problem.row, problem.q
-        make = lambda pool: PagedKVCache.from_tensors(pool, problem.block_table, problem.cache_seqlens)
+        scale = problem.kv_scale if row.is_fp8 else None
+        make = lambda pool: PagedKVCache.from_tensors(pool, problem.block_table, problem.cache_seqlens, scale=scale)
         self.caches = {pool.data_ptr(): make(pool) for pool in problem.pools}
         self.plan = DecodePlan(self.caches[problem.pools[0].data_ptr()], row.h_q, row.s_q, **plan_options)
         self.out = torch.empty(*q.shape[:-1], LATENT, dtype=q.dtype, device=q.device)

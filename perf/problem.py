@@ -1,11 +1,12 @@
 """Inputs of a row on the GPU, and the float64 results that every implementation is held to before it is timed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from flashmla_cute.kernels.config import TILE
-from flashmla_cute.reference import reference_decode
+from flashmla_cute.reference import dequantise, quantise, reference_decode
 from flashmla_cute.testing import TOLERANCE
 
 from .roofline import LATENT, ROPE
@@ -25,38 +26,40 @@ class Problem:
     block_table: torch.Tensor  # [b, pages of the longest request] int32, exactly as wide: FA3's workspace grows with it
     cache_seqlens: torch.Tensor  # [b] int32
     softmax_scale: float = (LATENT + ROPE) ** -0.5
+    kv_scale: ClassVar[float] = 1 / 64  # of an e4m3 cache: normal numbers stay within its +-448
 
     @classmethod
     def make(cls, row: Row, copies: int, seed: int, device: str = "cuda") -> "Problem":
         """Pages in random order, as after hours of serving.  Unlike in the tests nothing is poisoned: peers may read (and then
         drop) what lies past a request's end, so spare table entries name page 0 and spare cache slots hold finite numbers."""
         generator = torch.Generator(device=device).manual_seed(seed)
-        dtype = getattr(torch, row.dtype)
+        dtype, q_dtype = getattr(torch, row.dtype), torch.bfloat16 if row.is_fp8 else getattr(torch, row.dtype)
         counts = [-(-length // TILE) for length in row.lengths]
         num_pages = sum(counts)
         pools = [torch.empty(num_pages, TILE, row.h_kv, LATENT + ROPE, dtype=dtype, device=device) for _ in range(copies)]
         for pool in pools:
             for part in pool.split(FILL_PAGES):
-                part.normal_(generator=generator)
+                if row.is_fp8:
+                    part.copy_(quantise(torch.empty(part.shape, device=device).normal_(generator=generator), cls.kv_scale))
+                else:
+                    part.normal_(generator=generator)
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int().split(counts)
         table = torch.zeros(row.b, max(counts), dtype=torch.int32)
         for pages, request in zip(order, table):
             request[: len(pages)] = pages
-        q = torch.empty(row.b, row.s_q, row.h_q, LATENT + ROPE, dtype=dtype, device=device).normal_(generator=generator)
+        q = torch.empty(row.b, row.s_q, row.h_q, LATENT + ROPE, dtype=q_dtype, device=device).normal_(generator=generator)
         return cls(row, q, pools, table.to(device), torch.tensor(row.lengths, dtype=torch.int32, device=device))
 
     def expected(self, copy: int) -> "Expected":
         """float64 results with pool `copy`, of a few requests: first, last, longest and one between"""
         lengths, last = self.row.lengths, self.row.b - 1
         requests = sorted({0, last, lengths.index(max(lengths)), last // 3})[:MAX_CHECKED]
+        pool, table = self.pools[copy], self.block_table[requests]
+        if self.row.is_fp8:  # what it stands for, of the pages that count
+            pages, table = table.unique(return_inverse=True)
+            pool = dequantise(pool.view(torch.uint8)[pages.long()].view(pool.dtype), torch.tensor(self.kv_scale))
         out, lse = reference_decode(
-            self.q[requests],
-            self.pools[copy],
-            self.block_table[requests],
-            [lengths[i] for i in requests],
-            self.softmax_scale,
-            self.row.causal,
-            LATENT,
+            self.q[requests], pool, table, [lengths[i] for i in requests], self.softmax_scale, self.row.causal, LATENT
         )
         return Expected(requests, out, lse)
 

@@ -6,7 +6,7 @@ also those the causal mask drops (at most s_q / s_k of them), as all published M
 
 from .workloads import Row
 
-LATENT, ROPE, ITEMSIZE = 512, 64, 2  # of a cached token; both element types have 2 bytes
+LATENT, ROPE, ITEMSIZE = 512, 64, 2  # of a cached token in 16 bits, and of q and out
 # of an H100, only to size a measurement before there is one
 TYPICAL_BYTES_PER_US, TYPICAL_FLOPS_PER_US, TYPICAL_FIXED_US = 3.0e6, 650e6, 10.0
 
@@ -17,7 +17,7 @@ def flops(row: Row) -> int:
 
 
 def kv_bytes(row: Row) -> int:
-    return row.tokens * row.h_kv * (LATENT + ROPE) * ITEMSIZE
+    return row.tokens * row.h_kv * (LATENT + ROPE) * (1 if row.is_fp8 else ITEMSIZE)
 
 
 def bytes_moved(row: Row) -> int:

@@ -36,12 +36,16 @@ class Row:
     why: str
     s_q: int = 1  # query tokens of each request
     h_kv: int = 1
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the cache; float8_e4m3fn: with q and out in bf16
 
     @property
     def causal(self) -> bool:
         """on where it means something; a single query token sees everything"""
         return self.s_q > 1
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == "float8_e4m3fn"
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -65,6 +69,19 @@ class Row:
         spread = f"~{statistics.median(self.lengths):.0f}..{max(self.lengths)}" if self.varlen else str(self.s_k)
         return f"b{self.b} s_q{self.s_q} h{self.h_q}{f'/{self.h_kv}' if self.h_kv > 1 else ''} s_k{spread} {self.dtype}"
 
+
+FP8 = (
+    Row(128, 16, 8192, "memory-bound: half the bytes, half the time?"),
+    Row(128, 64, 8192, "memory-bound, with 64 rows to convert values for"),
+    Row(128, 128, 8192, "two CTAs convert each tile: tensor cores and shared memory decide"),
+    Row(128, 128, 8192, "compute-bound", s_q=2),
+    Row(64, 16, 4096, "every request is split in two"),
+    Row(16, 16, 4096, "one tile in eight is an item's first"),
+    Row(1, 16, 4096, "latency: what quantising q costs"),
+    Row(1, 16, 65536, "one request over the whole chip"),
+    Row(1, 128, 4096, "latency with two row tiles"),
+    Row(1, 128, 65536, "one request over the whole chip, two row tiles"),
+)
 
 WORKLOADS = {
     "core": (
@@ -115,6 +132,7 @@ WORKLOADS = {
         Row(128, 96, 8192, "a full batch; a row tile and a half of heads"),
         Row(128, 128, 8192, "a full batch"),
     ),
+    "fp8": tuple(replace(row, dtype=dtype) for row in FP8 for dtype in ("float8_e4m3fn", "bfloat16")),
     "quick": (
         Row(1, 16, 4096, "smallest"),
         Row(4, 16, 4096, "splits and the causal mask", s_q=2),

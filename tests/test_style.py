@@ -20,7 +20,11 @@ BINARY = {".pyc", ".png", ".o"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_CONST_EXPR = 700, 100, 8, 12
 FIXED_ABI = {
-    "flashmla_cute/ops.py": {"DecodeOp.__call__", "RaggedScheduleOp.__call__"},  # the arguments of one compiled call, flat
+    "flashmla_cute/ops.py": {
+        "DecodeOp.__call__",
+        "Fp8DecodeOp.__call__",
+        "RaggedScheduleOp.__call__",
+    },  # the arguments of one compiled call, flat
     "kernels/schedule.py": {"BuildSchedule.__call__"},
     "flashmla_cute/compat.py": {"flash_mla_with_kvcache"},  # FlashMLA's signature
     "flashmla_cute/integrations/vllm.py": {  # vLLM's

@@ -25,10 +25,10 @@ class TmaOperand:
     tensor: cute.Tensor  # coordinates
 
     @classmethod
-    def make(cls, m, blocks, row_modes=(TILE,)):
-        """the box of an instruction is `blocks` column blocks of rows `row_modes`"""
-        box = (*row_modes, BLOCK, blocks)
-        layout = cute.composition(swizzled(m.element_type, math.prod(row_modes), BLOCK, blocks), cute.make_layout(box))
+    def make(cls, m, blocks, row_modes=(TILE,), width=BLOCK):
+        """the box of an instruction is `blocks` column blocks, of `width` columns each, of rows `row_modes`"""
+        box = (*row_modes, width, blocks)
+        layout = cute.composition(swizzled(m.element_type, math.prod(row_modes), width, blocks), cute.make_layout(box))
         return cls(*cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), m, layout, box))
 
 
@@ -37,7 +37,7 @@ class TmaLoad:
     """requests of gmem's tiles into the slots of smem"""
 
     atom: cute.CopyAtom
-    src: cute.Tensor  # (box, number of the box in rows, index)
+    src: cute.Tensor  # (box, number of the box in rows, part of the columns, index)
     dst: cute.Tensor  # (box, number of the box in rows, slot)
     full: cute.Pointer  # mbarrier [slot]
     num_bytes: Constexpr[int]
@@ -46,10 +46,12 @@ class TmaLoad:
 
     @classmethod
     def make(cls, atom, source, sDst, full, row_modes=(TILE,), hint=None, every_lane=False):
-        """source: the operand's tensor moved to this CTA's rows, (rows .., 64, block, index); sDst: (row, column, slot)"""
-        blocks, slots = cute.size(sDst, mode=[1]) // BLOCK, cute.size(sDst, mode=[2])
-        box, rows = (*row_modes, BLOCK, blocks), math.prod(row_modes)
-        sBoxes = cute.composition(row_boxes(sDst, rows), cute.make_layout((*box, TILE // rows, slots)))
+        """source: the operand's tensor moved to this CTA's rows, (rows .., width, block, index); sDst: (row, column, slot).  A
+        source of more columns than a slot has several parts."""
+        columns, slots = cute.size(sDst, mode=[1]), cute.size(sDst, mode=[2])
+        width = min(BLOCK, columns)
+        box, rows = (*row_modes, width, columns // width), math.prod(row_modes)
+        sBoxes = cute.composition(row_boxes(sDst, rows, width), cute.make_layout((*box, TILE // rows, slots)))
         tDst, tSrc = cpasync.tma_partition(
             atom,
             0,
@@ -57,39 +59,63 @@ class TmaLoad:
             cute.group_modes(cute.flat_divide(sBoxes, box), 0, len(box)),
             cute.group_modes(cute.flat_divide(source, box), 0, len(box)),
         )
-        others = (0,) * (len(box) - 1)  # a box has all columns
-        num_bytes = TILE * cute.size(sDst, mode=[1]) * sDst.element_type.width // 8
-        src, dst = tSrc[(None, None, *others, None)], tDst[(None, *others, 0, None, None)]
+        others = (0,) * (len(box) - 2)
+        num_bytes = TILE * columns * sDst.element_type.width // 8
+        src, dst = tSrc[(None, None, *others, None, None)], tDst[(None, *others, 0, 0, None, None)]
         return cls(atom, src, dst, full, num_bytes, hint, every_lane)
 
     @cute.jit
-    def start(self, index: Int32, slot: Int32):
+    def start(self, index: Int32, slot: Int32, part=0):
         """a tile that is one box; by a whole warp: cute.copy elects a lane itself"""
-        self._expect(slot)
-        self._copy(0, index, 0, slot)
+        self.expect(slot)
+        self.copy(0, index, 0, slot, part)
 
     @cute.jit
     def start_tile(self, span: "PageSpan", tile: Int32, slot: Int32):
         """KV tile `tile` of a request, box by box from its pages"""
-        self._expect(slot)
+        self.expect(slot)
         boxes = cute.size(self.dst, mode=[1])
         for i in cutlass.range_constexpr(boxes):
             row, page = span.locate(tile, i, TILE // boxes)
-            self._copy(row, page, i, slot)
+            self.copy(row, page, i, slot)
 
     @cute.jit
-    def _expect(self, slot: Int32):
+    def expect(self, slot: Int32, more_bytes: Constexpr[int] = 0):
+        """more_bytes: what the copies of other loads add to the slot"""
         full = self.full + slot
         if const_expr(self.every_lane):
             cute.arch.mbarrier_arrive(full)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, self.num_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, self.num_bytes + more_bytes)
 
     @cute.jit
-    def _copy(self, src_box: Int32, index: Int32, dst_box: Constexpr[int], slot: Int32):
+    def copy(self, src_box: Int32, index: Int32, dst_box: Constexpr[int], slot: Int32, part=0):
         hint = None if const_expr(self.hint is None) else Int64(self.hint)
-        src, dst = self.src[None, src_box, index], self.dst[None, dst_box, slot]
+        src, dst = self.src[None, src_box, part, index], self.dst[None, dst_box, slot]
         cute.copy(self.atom, src, dst, tma_bar_ptr=self.full + slot, cache_policy=hint)
+
+
+@dataclass(frozen=True)
+class PairLoad:
+    """two loads that fill a slot together, such as the latent and the rope columns of a tile"""
+
+    first: TmaLoad
+    second: TmaLoad
+
+    @cute.jit
+    def start(self, index: Int32, slot: Int32, part=0):
+        self.first.expect(slot, self.second.num_bytes)
+        self.first.copy(0, index, 0, slot, part)
+        self.second.copy(0, index, 0, slot, part)
+
+    @cute.jit
+    def start_tile(self, span: "PageSpan", tile: Int32, slot: Int32):
+        self.first.expect(slot, self.second.num_bytes)
+        boxes = cute.size(self.first.dst, mode=[1])
+        for i in cutlass.range(boxes, unroll=1):  # (unrolled for boxes of 8 tokens: 40 bytes of spills)
+            row, page = span.locate(tile, i, TILE // boxes)
+            self.first.copy(row, page, i, slot)
+            self.second.copy(row, page, i, slot)
 
 
 # ---------------------------------------------------------------------- pages

@@ -1,7 +1,7 @@
 """What the DSL has no word for, and the work-arounds for ptxas and LLVM.  All inline assembly of the project is here."""
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import BFloat16, Int32
 
 
 def uniform(x):
@@ -19,6 +19,44 @@ def pack_half(low, high):
     return cute.arch.inline_ptx(
         "cvt.rn.satfinite.f16x2.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[high, low]
     )
+
+
+def max_magnitude(a, b):
+    """larger of pairs of 16-bit floats' bits, those of b without signs: integer order is the order of magnitudes, NaN on top"""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; mov.b32 a, {$r0}; and.b32 b, {$r1}, 0x7fff7fff; max.u16x2 {$w0}, a, b; }",  # (max takes no literal)
+        write_only_types=[Int32],
+        read_only_args=[a, b],
+    )
+
+
+def scaled_halves(pair, scale, dtype):
+    """a pair of bf16 or f16 times a power of two -> a pair of f16"""
+    if dtype is BFloat16:
+        code = "{ .reg .b32 s, p, l, h; prmt.b32 s, {$r1}, 0, 0x3232; mul.rn.bf16x2 p, {$r0}, s; shl.b32 l, p, 16; "
+        code += "and.b32 h, p, 0xffff0000; cvt.rn.f16x2.f32 {$w0}, h, l; }"
+    else:
+        code = "{ .reg .f16 a, b; .reg .f32 l, h; mov.b32 {a, b}, {$r0}; cvt.f32.f16 l, a; cvt.f32.f16 h, b; "
+        code += "mul.f32 l, l, {$r1}; mul.f32 h, h, {$r1}; cvt.rn.f16x2.f32 {$w0}, h, l; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, scale])
+
+
+_HIGH = "cvt.rn.satfinite.e4m3x2.f16x2 a, {$r0}; cvt.rn.satfinite.e4m3x2.f16x2 b, {$r1}; mov.b32 {$w0}, {a, b}; "
+_LOW = "cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b; sub.f16x2 x, {$r0}, x; sub.f16x2 y, {$r1}, y; "
+_LOW += "cvt.rn.satfinite.e4m3x2.f16x2 a, x; cvt.rn.satfinite.e4m3x2.f16x2 b, y; mov.b32 {$w1}, {a, b}; "
+
+
+def one_term(first, second):
+    """two pairs of f16 -> four e4m3 in an Int32"""
+    code = "{ .reg .b16 a, b; " + _HIGH + "}"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[first, second])
+
+
+def two_terms(first, second):
+    """two pairs of f16 -> four e4m3, and the e4m3 of what they lack.  Either has 4 bits and there is a sign between them:
+    together they hold the 8 bits of a bf16 exactly, but for elements of less than 2^-10 of the largest after scaling."""
+    code = "{ .reg .b16 a, b; .reg .b32 x, y; " + _HIGH + _LOW + "}"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[first, second])
 
 
 def opaque(x):

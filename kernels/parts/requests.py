@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, const_expr
 
-from .loads import PageSpan, TmaLoad, tiles_per_load
+from .loads import PageSpan, PairLoad, TmaLoad, tiles_per_load
 from .ptx import lane_value, uniform
 from .sync import RingPos
 from .work import RECORD, Work, WorkItem
@@ -25,7 +25,7 @@ class Cursor:
 
     it: Int32  # item of the part
     skipped: Int32  # items before it that are not this CTA's
-    wants_q: Boolean  # its q slot, else tile `tile`
+    q_part: Int32  # of its q, then, past the last, tile `tile`
     batch: Int32
     first: Int32
     tile: Int32
@@ -37,47 +37,53 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Refill:
-    """ring slots: q of an item, then its tiles; the item's record rides along in smem"""
+    """ring slots: q of an item in one or more parts, then its tiles; the item's record rides along in smem"""
 
-    q: TmaLoad
-    latent: TmaLoad
+    q: TmaLoad | PairLoad
+    latent: TmaLoad | PairLoad
     page: Constexpr[int]
     block_table: cute.Tensor
     work: Work
     sItem: cute.Tensor  # (RECORD, item parity)
     slot_empty: cute.Pointer
+    q_parts: Constexpr[int] = 1
 
     def start(self):
         zero = Int32(0)
-        return Cursor(zero, zero, Boolean(True), zero, zero, zero, zero, zero, self.work.head, zero)
+        return Cursor(zero, zero, zero, zero, zero, zero, zero, zero, self.work.head, zero)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
-        it, skipped, wants_q, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
-        lane = cute.arch.lane_idx()
-        if wants_q:
+        it, skipped, q_part, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
+        lane, single = cute.arch.lane_idx(), self.q_parts == 1
+        opens = q_part == 0
+        if opens:
             skipped -= it
             it, record = self.work.skip(it, record)
             skipped += it
         if it < self.work.total:
-            if wants_q:
-                if lane < RECORD:
-                    self.sItem[lane, (it - skipped) & 1] = record
-                cute.arch.sync_warp()
-                batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
-                tile, wants_q = first, Boolean(False)
-                self.q.start(self.work.query_index(batch, record), stage)
-                pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
-                if it + 1 < self.work.total:
-                    record = self.work.records[it + 1, lane % RECORD]
+            if q_part < self.q_parts:
+                opens = Boolean(True) if const_expr(single) else q_part == 0
+                if opens:
+                    if lane < RECORD:
+                        self.sItem[lane, (it - skipped) & 1] = record
+                    cute.arch.sync_warp()
+                    batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
+                self.q.start(self.work.query_index(batch, record), stage, 0 if const_expr(single) else q_part)
+                tile, q_part = first, q_part + 1
+                closes = Boolean(True) if const_expr(single) else q_part == self.q_parts
+                if closes:  # (before the request, these loads make ptxas spill 120 bytes)
+                    pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
+                    if it + 1 < self.work.total:
+                        record = self.work.records[it + 1, lane % RECORD]
             else:
                 self.latent.start_tile(PageSpan.around(self.page, pages, first, tile), tile, stage)
                 tile += 1
                 if tile == end:
-                    it, wants_q = it + 1, Boolean(True)
+                    it, q_part = it + 1, Int32(0)
                 elif (tile - first) % tiles_per_load(self.page) == 0:
                     pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
-        return Cursor(it, skipped, wants_q, batch, first, tile, end, seqlen, record, pages)
+        return Cursor(it, skipped, q_part, batch, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: Cursor, pos: RingPos):

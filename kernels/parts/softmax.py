@@ -20,7 +20,7 @@ class OnlineSoftmax:
     row_max: cute.Tensor
     row_sum: cute.Tensor  # of this thread's columns, until finalize
     rescale: cute.Tensor  # of the last step
-    scale_log2: Float32  # scores, as `step` gets them, to base 2
+    scale_log2: Float32 | cute.Tensor  # scores, as `step` gets them, to base 2; of all rows, or (row,)
     lazy: Constexpr[float]
 
     @classmethod
@@ -34,18 +34,19 @@ class OnlineSoftmax:
     @cute.jit
     def step(self, rS, rP):
         for r in cutlass.range_constexpr(2):
+            scale = self.scale_log2 if isinstance(self.scale_log2, Float32) else self.scale_log2[r]
             m = [rS[element(r, 0)], rS[element(r, 1)]]  # two chains: half the latency
             for i in cutlass.range_constexpr(2, 16):
                 m[i % 2] = cute.arch.fmax(m[i % 2], rS[element(r, i)])
             x = cute.arch.fmax(m[0], m[1])
             x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=1))
-            x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=2)) * self.scale_log2
+            x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=2)) * scale
             new = x if x > self.row_max[r] + self.lazy else self.row_max[r]
             self.rescale[r] = cute.math.exp2(self.row_max[r] - new, fastmath=True)
             self.row_max[r] = new
             l = [self.row_sum[r] * self.rescale[r], Float32(0.0)]
             for i in cutlass.range_constexpr(16):
-                e = cute.math.exp2(rS[element(r, i)] * self.scale_log2 - new, fastmath=True)
+                e = cute.math.exp2(rS[element(r, i)] * scale - new, fastmath=True)
                 rS[element(r, i)] = e
                 l[i % 2] = l[i % 2] + e
             self.row_sum[r] = l[0] + l[1]
@@ -72,10 +73,12 @@ class OnlineSoftmax:
 
 
 @cute.jit
-def soft_cap(rS, factor: Float32):
-    """tanh(rS * factor / (2 log2(e))), by exp2: tanh.approx is wrong by 5e-4, 0.02 of a score capped at 50"""
+def soft_cap(rS, factor):
+    """tanh(rS * factor / (2 log2(e))), by exp2: tanh.approx is wrong by 5e-4, 0.02 of a score capped at 50; factor: Float32, or
+    (row,)"""
     for i in cutlass.range_constexpr(cute.size(rS)):
-        rS[i] = 1.0 - 2.0 * cute.arch.rcp_approx(cute.math.exp2(rS[i] * factor, fastmath=True) + 1.0)
+        of_row = factor if isinstance(factor, Float32) else factor[i // 2 % 2]
+        rS[i] = 1.0 - 2.0 * cute.arch.rcp_approx(cute.math.exp2(rS[i] * of_row, fastmath=True) + 1.0)
 
 
 @cute.jit
@@ -85,3 +88,13 @@ def sink_share(lse_log2: Float32, sink: Float32):
     if lse_log2 > -Float32.inf:
         share = cute.arch.rcp_approx(1.0 + cute.math.exp2(sink * LOG2_E - lse_log2, fastmath=True))
     return share
+
+
+@cute.jit
+def rescale_rows(rO, rescale0: Float32, rescale1: Float32):
+    """a thread's two rows of o times their factors; rare, row_max is lazy"""
+    if cute.arch.vote_any_sync(rescale0 * rescale1 != 1.0):
+        for r, factor in enumerate((rescale0, rescale1)):
+            for block in cutlass.range_constexpr(cute.size(rO) // 32):
+                for i in cutlass.range_constexpr(16 * block, 16 * block + 16):  # (longer static loops: the DSL warns)
+                    rO[element(r, i)] = rO[element(r, i)] * factor

@@ -32,3 +32,23 @@ def arrive(bar, every_lane: Constexpr[bool], count: Constexpr[int] = 1):
     else:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(bar, arrive_count=count)
+
+
+class BarrierTable:
+    """base of a kernel's dataclass of pointers to mbarriers, in smem order; its `table` says name -> (how many, arrivals)"""
+
+    @classmethod
+    def total(cls, config):
+        return sum(num for num, _ in cls.table(config).values())
+
+    @classmethod
+    def carve(cls, config, base):
+        at = {}
+        for name, (num, _) in cls.table(config).items():
+            at[name], base = base, base + num
+        return cls(**at)
+
+    def init(self, config):
+        for name, (num, arrivals) in self.table(config).items():
+            for i in range(num):
+                cute.arch.mbarrier_init(getattr(self, name) + i, arrivals)

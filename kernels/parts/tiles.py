@@ -1,7 +1,7 @@
 """Shared memory layouts, and where a thread's accumulator elements are."""
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32
 from cutlass.cute.nvgpu import warpgroup
 
 from ..config import TILE
@@ -10,7 +10,7 @@ from .ptx import opaque
 BLOCK = 64  # 16-bit columns of a 128-byte swizzled block
 
 
-TYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
+TYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32, "float8_e4m3fn": Float8E4M3FN}
 
 
 def element_type(config):
@@ -26,9 +26,11 @@ def out_type(config):
 
 
 def swizzled(dtype, *shape, by_rows=False):
-    """(row, column, ..) K-major with the 128-byte swizzle.  Its atoms, 8 rows x 64 columns, lie block after block;
+    """(row, column, ..) K-major with the 128-byte swizzle, or the 64-byte one where rows are no wider.  Its atoms, 8 rows x 64
+    columns, lie block after block;
     by_rows: row group after row group, so that 8 rows of all columns are one piece of memory, which a TMA box can fill."""
-    atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    kinds = warpgroup.SmemLayoutAtomKind
+    atom = warpgroup.make_smem_layout_atom(kinds.K_SW64 if shape[1] * dtype.width == 8 * 64 else kinds.K_SW128, dtype)
     order = (1, 0, *range(2, len(shape))) if by_rows else tuple(range(len(shape)))
     return cute.tile_to_shape(atom, shape, order=order)
 
@@ -38,9 +40,9 @@ def column_blocks(s):
     return cute.flat_divide(s, (TILE, BLOCK))[None, None, 0, None, None]
 
 
-def row_boxes(s, rows):
-    """(row, column, slot) -> (row, 64, block, group of `rows` rows, slot)"""
-    boxes = cute.flat_divide(s, (rows, BLOCK))
+def row_boxes(s, rows, width=BLOCK):
+    """(row, column, slot) -> (row, width, block, group of `rows` rows, slot)"""
+    boxes = cute.flat_divide(s, (rows, width))
     return cute.make_tensor(boxes.iterator, cute.select(boxes.layout, mode=[0, 1, 3, 2, 4]))
 
 

@@ -18,6 +18,7 @@ def find():
 
 def prepare(problem: Problem) -> "SDPA":
     row = problem.row
+    need(not row.is_fp8, "it has no e4m3 cache")
     need(row.h_kv == 1, f"{row.h_kv} kv heads: written for one")
     need(len(set(row.lengths)) == 1, "requests of different lengths: it has no length per request")
     expanded = row.h_q * row.tokens * (2 * LATENT + ROPE) * ITEMSIZE

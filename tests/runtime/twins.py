@@ -10,7 +10,7 @@ import torch
 
 from flashmla_cute import checks, compile, ops, plan
 from flashmla_cute.kernels.parts.work import BEGIN, COUNT, RECORD
-from flashmla_cute.reference import emulate_decode
+from flashmla_cute.reference import dequantise, emulate_decode, quantise
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
 NUM_SMS = 6  # of the card that there is not: few, so that small batches are split
@@ -20,10 +20,12 @@ def get(op: type, config):
     """instead of compile.get"""
     make = {
         ops.DecodeOp: _decode,
+        ops.Fp8DecodeOp: _fp8_decode,
         ops.ScheduleOp: _schedule,
         ops.RaggedScheduleOp: _ragged_schedule,
         ops.AppendOp: _append,
         ops.MergeOp: _merge,
+        ops.Fp8AppendOp: _fp8_append,
     }[op]
     return make(config)
 
@@ -94,6 +96,30 @@ def _merge(_config):
             weights = torch.where(total.isinf(), 0.0, (lses - total).exp())
             out[request] = (weights[..., None] * o_split[mine].double()).sum(0)
             lse[request] = total.T
+
+    return launch
+
+
+def _fp8_decode(config):
+    decode = _decode(config.base)
+
+    def launch(q, pool, *others):
+        *others, kv_scale, q_scale = others
+        assert str(q.dtype) == f"torch.{config.q_dtype}" and str(others[4].dtype) == f"torch.{config.base.out}"
+        q64 = q.double() * (q_scale.double() if q.dtype == pool.dtype else 1.0)
+        decode(q64, dequantise(pool, kv_scale), *others)
+
+    return launch
+
+
+def _fp8_append(config):
+    append = _append(config)
+
+    def launch(latent, rope, slots, pool, scale):
+        assert str(latent.dtype) == f"torch.{config.source}"
+        is_quantised = latent.dtype == pool.dtype
+        rows = [x if is_quantised else quantise(x, scale) for x in (latent, rope)]
+        append(*(x.view(torch.uint8) for x in rows), slots, pool.view(torch.uint8))
 
     return launch
 
