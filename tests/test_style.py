@@ -26,6 +26,7 @@ FIXED_ABI = {
         "RaggedScheduleOp.__call__",
     },  # the arguments of one compiled call, flat
     "kernels/schedule.py": {"BuildSchedule.__call__"},
+    "kernels/dense_decode.py": {"DenseDecode.__call__"},
     "flashmla_cute/compat.py": {"flash_mla_with_kvcache"},  # FlashMLA's signature
     "flashmla_cute/integrations/vllm.py": {  # vLLM's
         "FlashMLACuteBackend.supports_combination",
