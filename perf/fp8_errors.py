@@ -1,6 +1,6 @@
 """What a cache format costs in accuracy: attention over the rounded cache against attention over the unrounded one, in float64.
 
-python -m perf.fp8_errors                a table, and perf/results/<date>-fp8-errors.json; needs no GPU
+python -m perf.fp8_errors                a table, and perf/results/<date>-none-fp8-errors.json; needs no GPU
 
 Only the rounding of the cache counts here, and with it that of q where one e4m3 term holds it: what a kernel adds is held to
 the tolerances of the tests.  The formats: flat e4m3 with one scale (what PagedKVCache writes), one scale a token or one for
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result; default: perf/results")
     options = parser.parse_args(argv)
     rows = [row for kind in KINDS for spread in (1.0, 4.0) for row in measure(kind, spread, options.tokens, options.seed)]
-    path = options.out / f"{datetime.date.today()}-fp8-errors.json"
+    path = options.out / f"{datetime.date.today()}-none-fp8-errors.json"
     path.write_text(json.dumps({"tokens": options.tokens, "heads": HEADS, "seed": options.seed, "rows": rows}, indent=1) + "\n")
     print(f"{'latents':<18}{'spread':>7}  {'format':<46}{'terms':>6}{'out, rel':>10}{'lse, max':>10}")
     for row in rows:
