@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from flashmla_cute import DecodeOptions, DecodePlan, PagedKVCache, heuristics, mla_decode, ops
+from flashmla_cute import DecodeOptions, DecodePlan, PagedKVCache, compile, heuristics, mla_decode, ops
 from flashmla_cute.kernels.config import FORMATS, FP8_FORMATS, Fp8AppendConfig, MLAConfig
 from flashmla_cute.reference import dequantise, quantise, reference_decode
 from flashmla_cute.testing import TOLERANCE, Case, Problem
@@ -15,7 +15,7 @@ from flashmla_cute.testing import TOLERANCE, Case, Problem
 from ..fp8_problems import E4M3, Fp8Problem, check, make
 from ..problems import POOL_STRIDES, Q_STRIDES, num_split, plan_of_parts, poisoned, same_bits, some_requests, varied_lengths
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fp8_kernels")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
 EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 2047, 2048, 2049)
@@ -54,6 +54,12 @@ def needed_kernels() -> list[tuple[type, object]]:
         decode(ragged=True),
         *((ops.Fp8AppendOp, Fp8AppendConfig(source=source)) for source in (*FORMATS, flat.dtype)),
     ]
+
+
+@pytest.fixture(scope="module")
+def fp8_kernels():
+    """all of them lie in the compile cache"""
+    compile.get_many(needed_kernels())
 
 
 # ---------------------------------------------------------------------- shapes
