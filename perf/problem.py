@@ -5,14 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from flashmla_cute.kernels.config import TILE
 from flashmla_cute.reference import dequantise, quantise, reference_decode
 from flashmla_cute.testing import TOLERANCE
 
 from .roofline import LATENT, ROPE
 from .workloads import Row
 
-FILL_PAGES = 16384  # pages of a pool filled at a time: one random-number launch has to stay below 2^31 elements
+FILL_TOKENS = 1 << 20  # of a pool filled at a time: one random-number launch has to stay below 2^31 elements
 MAX_CHECKED = 4  # requests compared with float64
 
 
@@ -22,7 +21,7 @@ class Problem:
 
     row: Row
     q: torch.Tensor  # [b, s_q, h_q, 576]
-    pools: list[torch.Tensor]  # copies, each [pages, 64, h_kv, 576], of independent contents
+    pools: list[torch.Tensor]  # copies, each [pages, page, h_kv, 576], of independent contents
     block_table: torch.Tensor  # [b, pages of the longest request] int32, exactly as wide: FA3's workspace grows with it
     cache_seqlens: torch.Tensor  # [b] int32
     softmax_scale: float = (LATENT + ROPE) ** -0.5
@@ -34,11 +33,11 @@ class Problem:
         drop) what lies past a request's end, so spare table entries name page 0 and spare cache slots hold finite numbers."""
         generator = torch.Generator(device=device).manual_seed(seed)
         dtype, q_dtype = getattr(torch, row.dtype), torch.bfloat16 if row.is_fp8 else getattr(torch, row.dtype)
-        counts = [-(-length // TILE) for length in row.lengths]
+        counts = [-(-length // row.page) for length in row.lengths]
         num_pages = sum(counts)
-        pools = [torch.empty(num_pages, TILE, row.h_kv, LATENT + ROPE, dtype=dtype, device=device) for _ in range(copies)]
+        pools = [torch.empty(num_pages, row.page, row.h_kv, LATENT + ROPE, dtype=dtype, device=device) for _ in range(copies)]
         for pool in pools:
-            for part in pool.split(FILL_PAGES):
+            for part in pool.split(FILL_TOKENS // row.page):
                 if row.is_fp8:
                     part.copy_(quantise(torch.empty(part.shape, device=device).normal_(generator=generator), cls.kv_scale))
                 else:

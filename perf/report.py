@@ -12,8 +12,6 @@ from . import ours, roofline
 from .measure import Measured, Outcome
 from .workloads import Row
 
-PAGE = 64  # tokens
-
 
 # ---------------------------------------------------------------------- rows
 def records(measured: Measured, workloads: list[str], clocks: dict | None) -> list[dict]:
@@ -45,7 +43,7 @@ def _shape(row: Row) -> dict:
         "latent": roofline.LATENT,
         "rope": roofline.ROPE,
         "dtype": row.dtype,
-        "page": PAGE,
+        "page": row.page,
         "causal": row.causal,
         "varlen": row.varlen,
     }

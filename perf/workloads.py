@@ -37,6 +37,7 @@ class Row:
     s_q: int = 1  # query tokens of each request
     h_kv: int = 1
     dtype: str = "bfloat16"  # of the cache; float8_e4m3fn: with q and out in bf16
+    page: int = 64  # tokens of a cache page
 
     @property
     def causal(self) -> bool:
@@ -67,7 +68,9 @@ class Row:
 
     def __str__(self) -> str:
         spread = f"~{statistics.median(self.lengths):.0f}..{max(self.lengths)}" if self.varlen else str(self.s_k)
-        return f"b{self.b} s_q{self.s_q} h{self.h_q}{f'/{self.h_kv}' if self.h_kv > 1 else ''} s_k{spread} {self.dtype}"
+        heads = f"h{self.h_q}{f'/{self.h_kv}' if self.h_kv > 1 else ''}"
+        page = "" if self.page == 64 else f" page{self.page}"
+        return f"b{self.b} s_q{self.s_q} {heads} s_k{spread} {self.dtype}{page}"
 
 
 FP8 = (
@@ -83,7 +86,14 @@ FP8 = (
     Row(1, 128, 65536, "one request over the whole chip, two row tiles"),
 )
 
+PAGES = (64, 8, 16, 32, 96, 128, 256, 1024)
+
 WORKLOADS = {
+    "pages": tuple(
+        Row(128, h_q, 8192, "what a page size costs: boxes of a whole tile, or eight of 8 tokens", page=page)
+        for h_q in (16, 128)
+        for page in PAGES
+    ),
     "core": (
         Row(128, 128, 8192, "FlashMLA's headline shape: tensor cores and memory both near their limits"),
         Row(128, 128, 32768, "the same without start, end and splits: the steady state of the main loop"),

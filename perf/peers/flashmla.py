@@ -16,6 +16,7 @@ def find():
 def prepare(problem: Problem) -> "FlashMLA":
     row = problem.row
     need(not row.is_fp8, "its dense decode has no e4m3 cache")
+    need(row.page == 64, f"pages of {row.page} tokens, it takes 64")
     need(row.h_q % row.h_kv == 0, f"{row.h_q} heads over {row.h_kv} kv heads")
     return FlashMLA(problem)
 
