@@ -142,8 +142,9 @@ class Worker:
 
 
 # ---------------------------------------------------------------------- the run
-def run(cases: int, seed: int, kernels: int, num_workers: int) -> Tally:
-    tally = Tally()
+def run(cases: int, seed: int, kernels: int, num_workers: int, seconds: float = float("inf")) -> Tally:
+    """`cases` problems, or as many as fit into `seconds`"""
+    tally, end = Tally(), time.monotonic() + seconds
     crew = [Worker(seed, kernels, range(first, cases, num_workers)) for first in range(min(num_workers, cases))]
     told = time.monotonic()
     while any(worker.todo for worker in crew):
@@ -152,6 +153,10 @@ def run(cases: int, seed: int, kernels: int, num_workers: int) -> Tally:
         if time.monotonic() - told > TELL_S:
             told = time.monotonic()
             print(f"{tally.cases}/{cases}, {tally.failures} failed", file=sys.stderr, flush=True)
+        if time.monotonic() > end:
+            for worker in crew:
+                worker.process.kill()
+            break
         time.sleep(0.01)
     for worker in crew:
         worker.process.join()
@@ -164,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of all problems; default: a new one, which is stored")
     parser.add_argument("--kernels", type=int, default=100, help="values of what is compiled; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="only compile them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop earlier after so long; default: never")
     parser.add_argument("--workers", type=int, default=6, help="processes that share the GPU; default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result; default: perf/results")
     options = parser.parse_args(argv)
@@ -177,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     compile_kernels(seed, options.kernels)
     identity, began = card.identity(), time.monotonic()
-    tally = run(options.cases, seed, options.kernels, options.workers)
+    tally = run(options.cases, seed, options.kernels, options.workers, options.seconds)
     result = {
         **identity,
         "cases": tally.cases,
