@@ -194,8 +194,9 @@ class ContextParallel:
     causal         query token i sees the tokens < length - num_queries + 1 + i; False: all see all
     scatter_heads  a rank gets the result of its share of the heads only (share_of), for a tensor-parallel output projection
 
-    Call `update` whenever lengths or block table have changed.  Partial results travel in the cache's element type, their lse
-    in float32; the merge is that of the decode kernel (kernels/combine.py), in float32.  Nothing is read on the host."""
+    Call `update` whenever lengths or block table have changed.  Partial results travel in the cache's element type (of an e4m3
+    cache, whose q is bf16 or e4m3: bf16), their lse in float32; the merge is that of the decode kernel (kernels/combine.py), in
+    float32.  Nothing is read on the host."""
 
     def __init__(
         self,
@@ -219,9 +220,9 @@ class ContextParallel:
         rows = cache.batch * num_queries
         self._table = self.block_table.repeat_interleave(num_queries, 0)
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=cache.device)
-        self.plan = DecodePlan(self.cache(cache.pool), num_heads)
+        self.plan = DecodePlan(self.cache(cache.pool, cache.scale, cache.q_scale), num_heads)
         self.shares = [share_of(num_heads, size, r) if scatter_heads else range(num_heads) for r in range(size)]
-        mine, dtype = len(self.shares[rank]), self.plan.out_dtype
+        mine, dtype = len(self.shares[rank]), torch.bfloat16 if cache.pool.dtype in checks.FP8_DTYPES else cache.pool.dtype
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=cache.device)
         # Heads come first everywhere, so that a rank's share is contiguous and is sent from where the decode kernel wrote it.
         self._pieces = empty(size, mine, rows, self.format.latent)
@@ -234,9 +235,10 @@ class ContextParallel:
         self._merge = compile.get(ops.MergeOp, MLAConfig(kv=kv, causal=False, split=kv.dtype))
         self.update()
 
-    def cache(self, pool: torch.Tensor) -> PagedKVCache:
-        """what `decode` takes for the layer whose tokens are in `pool`; make it once"""
-        return PagedKVCache.from_tensors(pool, self._table, self._lengths, latent=self.format.latent)
+    def cache(self, pool: torch.Tensor, scale=None, q_scale=None) -> PagedKVCache:
+        """what `decode` takes for the layer whose tokens are in `pool`; make it once.  scale, q_scale: of an e4m3 pool."""
+        latent = self.format.latent
+        return PagedKVCache.from_tensors(pool, self._table, self._lengths, latent=latent, scale=scale, q_scale=q_scale)
 
     def update(self) -> None:
         """plans for the lengths and the block table as they are now, on torch's current stream"""

@@ -82,22 +82,22 @@ class Whole:
         randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
         self.lengths, self.device, self.dtype = lengths, device, dtype
         self.tokens = [randn(n, 576) for n in lengths]
-        self.q = randn(len(lengths), num_queries, num_heads, 576).to(device)
+        self.q = randn(len(lengths), num_queries, num_heads, 576).to(device, torch.bfloat16)
 
     def cache(self, tokens: list[torch.Tensor]) -> PagedKVCache:
         """tokens[i] of request i, in shuffled pages; NaN elsewhere, and page ids that do not exist behind the last"""
         counts = [-(-len(own) // TILE) for own in tokens]
         order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(1)).int()
-        pool = torch.full((sum(counts) + 1, TILE, 576), float("nan"), dtype=self.dtype)
+        pool = torch.full((sum(counts) + 1, TILE, 576), float("nan"))
         table, at = torch.full((len(tokens), max(counts) + 1), 1 << 29, dtype=torch.int32), 0
         for row, (own, count) in enumerate(zip(tokens, counts)):
             pages = order[at : at + count]
-            padded = torch.full((count * TILE, 576), float("nan"), dtype=self.dtype)
+            padded = torch.full((count * TILE, 576), float("nan"))
             padded[: len(own)] = own
             pool[pages.long()] = padded.view(count, TILE, 576)
             table[row, :count], at = pages, at + count
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return PagedKVCache.from_tensors(pool.to(self.device), table.to(self.device), lengths.to(self.device))
+        return PagedKVCache.from_tensors(pool.to(self.device, self.dtype), table.to(self.device), lengths.to(self.device))
 
     def shard(self, sharding, rank: int) -> PagedKVCache:
         mine = lambda i, n: [token for token in range(n) if owner(sharding, i, token) == rank]
@@ -108,7 +108,7 @@ class Whole:
         return reference_decode(self.q, cache.pool, cache.block_table, self.lengths, SCALE, causal, 512)
 
     def check(self, out: torch.Tensor, lse: torch.Tensor, causal: bool = True, heads: slice = slice(None)):
-        rel, absolute = TOLERANCE[self.dtype]
+        rel, absolute = TOLERANCE[out.dtype][0], TOLERANCE[self.dtype][1]
         expected, expected_lse = self.expected(causal)
         expected, expected_lse = expected[:, :, heads], expected_lse[:, heads]
         assert out.shape == expected.shape and lse.shape == expected_lse.shape
@@ -138,6 +138,13 @@ def context_parallel_without_mask(rank: int, size: int, device: str):
     cp = ContextParallel(cache, sharding, 4, 3, causal=False)
     q = whole.q[..., :512].contiguous(), whole.q[..., 512:].contiguous()
     whole.check(*cp.decode(q, cp.cache(cache.pool), softmax_scale=SCALE), causal=False)
+
+
+def context_parallel_fp8(rank: int, size: int, device: str):
+    whole, sharding = Whole([5, 200, 0], 4, 2, device, torch.float8_e4m3fn), Interleaved(size, 2)
+    cache = whole.shard(sharding, rank)
+    cp = ContextParallel(cache, sharding, 4, 2)
+    whole.check(*cp.decode(whole.q, cp.cache(cache.pool)))
 
 
 def context_parallel_grows(rank: int, size: int, device: str):
@@ -207,7 +214,15 @@ def groups(rank: int, size: int, device: str):
         ContextParallel(whole.cache(whole.tokens), Interleaved(size + 3), 4)
 
 
-CASES = (context_parallel, context_parallel_without_mask, context_parallel_grows, tensor_parallel, data_parallel, groups)
+CASES = (
+    context_parallel,
+    context_parallel_without_mask,
+    context_parallel_fp8,
+    context_parallel_grows,
+    tensor_parallel,
+    data_parallel,
+    groups,
+)
 
 
 KERNELS = (
