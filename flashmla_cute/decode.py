@@ -234,8 +234,8 @@ def _check(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse) -> 
     checks.is_tensor("cache.pool", cache.pool)
     checks.is_hopper("q", q)
     checks.on_device("cache.pool", cache.pool, q.device, "q")
-    _check_plan(cache, plan)
     _check_queries(q, q_rope, cache, plan)
+    _check_plan(cache, plan)
     if sink is not None:
         checks.is_tensor("sink", sink)
         checks.on_device("sink", sink, q.device, "q")

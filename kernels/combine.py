@@ -72,7 +72,7 @@ class Combine:
         _, s_q, h_q, _ = o_split.shape
         units = (merges.shape[0] - 1) * s_q * h_q * self.chunks
         self.kernel(Args(o_split, lse_split, merges, o, lse, sink)).launch(
-            grid=[cutlass.min(units, CTAS_PER_SM * num_sms), 1, 1],
+            grid=[cutlass.max(cutlass.min(units, CTAS_PER_SM * num_sms), 1), 1, 1],
             block=[32 * WARPS, 1, 1],
             min_blocks_per_mp=CTAS_PER_SM,
             preferred_smem_carveout=100,  # as the decode kernel has it; without it, the DSL asks a driver at compile time

@@ -75,7 +75,7 @@ from .parts.tiles import (
     swizzled,
     thread_in_warpgroup,
 )
-from .parts.work import PART, RECORD, Work
+from .parts.work import PART, RECORD, Work, record_of, record_slots
 
 STEPS = BLOCK // 16  # k-steps of a column block
 OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
@@ -119,7 +119,7 @@ class Smem:
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
     inv_sum: cute.Tensor  # (row, item parity)
-    item: cute.Tensor  # (RECORD, item parity)
+    item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
 
 
@@ -178,7 +178,7 @@ def allocate(config):
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
         inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
-        item: cute.struct.MemRange[Int32, 2 * RECORD]
+        item: cute.struct.MemRange[Int32, record_slots(config.ring_slots) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
 
@@ -197,7 +197,7 @@ def allocate(config):
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
-        item=plain(storage.item, RECORD, 2),
+        item=plain(storage.item, RECORD, record_slots(config.ring_slots)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
     )
     return smem, Barriers.carve(config, storage.bars.data_ptr())
@@ -365,7 +365,7 @@ class DenseDecode:
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-            item, item_rows = read_item(config, args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(config, args.result, record_of(smem.item, it), rows)
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
             mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
@@ -504,7 +504,7 @@ class DenseDecode:
                     cursor = loads.wait_and_request(cursor, parity)
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
-            item, item_rows = read_item(config, args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(config, args.result, record_of(smem.item, it), rows)
             for tile in cutlass.range(item.first, item.end, unroll=1):
                 cute.arch.mbarrier_wait(bars.p_full, parity)  # V1
                 rescale_rows(rO, smem.rescale[row], smem.rescale[row + 8])

@@ -55,7 +55,7 @@ from .parts.rows import RowTile, num_row_tiles
 from .parts.softmax import LOG2_E, OnlineSoftmax, rescale_rows, soft_cap
 from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
 from .parts.tiles import BLOCK, TYPES, column_blocks, fragment_row, swizzled, thread_in_warpgroup
-from .parts.work import RECORD, Work
+from .parts.work import RECORD, Work, record_of, record_slots
 
 F8 = Float8E4M3FN
 PAIRS = 256  # 16-bit columns of a ring slot's latent part
@@ -116,7 +116,7 @@ class Smem:
     p: cute.Tensor  # (row, token, 2)
     rescale: cute.Tensor  # (row, 2)
     inv_sum: cute.Tensor  # (row, INV_SLOTS)
-    item: cute.Tensor  # (RECORD, item parity)
+    item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
     raw: tuple  # unswizzled pointers of ring, rope, low, v
 
@@ -174,7 +174,7 @@ def allocate(config):
         p: elements(Float16, P_SLOTS * TILE * TILE)
         rescale: cute.struct.MemRange[Float32, P_SLOTS * TILE]
         inv_sum: cute.struct.MemRange[Float32, INV_SLOTS * TILE]
-        item: cute.struct.MemRange[Int32, 2 * RECORD]
+        item: cute.struct.MemRange[Int32, record_slots(config.stages) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
 
@@ -198,7 +198,7 @@ def allocate(config):
         p=view(storage.p, Float16, TILE, TILE, P_SLOTS),
         rescale=plain(storage.rescale, TILE, P_SLOTS),
         inv_sum=plain(storage.inv_sum, TILE, INV_SLOTS),
-        item=plain(storage.item, RECORD, 2),
+        item=plain(storage.item, RECORD, record_slots(config.stages)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
         raw=tuple(field.data_ptr() for field in (storage.ring, storage.rope, storage.low, storage.v)),
     )
@@ -369,7 +369,7 @@ class Fp8Decode:
         kv_scale = args.scales.kv[0]
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-            item, item_rows = read_item(base, args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
             if const_expr(config.q_slots == 1):
                 self._load_q(x, smem, bars, pos)
                 rUnit.fill(args.scales.q[0])
@@ -544,7 +544,7 @@ class Fp8Decode:
         for it in cutlass.range(work.count, unroll=1):
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)  # the item's record has landed too
-            item, item_rows = read_item(base, args.result, smem.item[None, it & 1], rows)
+            item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
             self._sync(half)  # no warp's p v reads the units any more
             converter.run(pos.stage, unit, 0)
             converter.run(pos.stage, self._unit(unit, 1), 1)

@@ -29,6 +29,7 @@ from .axes import AXES, Drawn
 RESULTS = Path(__file__).parent.parent / "perf" / "results"
 HANG_S = 120  # of a problem, its compile included
 SMS = 132  # of the card, where there is none to ask
+UNUSABLE = 3  # exit code of a process that a problem has left without a GPU
 TELL_S = 10  # between two lines of progress
 MAX_NAMED = 20  # failures that the result names
 CONTEXT = multiprocessing.get_context("spawn")  # (CUDA does not survive a fork)
@@ -89,6 +90,7 @@ def _work(seed: int, kernels: int, indices: range, results):
     """sends (index, errors or None, reason) for each problem; ends at the first that leaves the GPU unusable"""
     import torch
 
+    status = 0
     for index in indices:
         try:
             results.put((index, Drawn.of_seed(seed, index, kernels).run(), ""))
@@ -97,9 +99,11 @@ def _work(seed: int, kernels: int, indices: range, results):
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
+                status = UNUSABLE
                 break
     results.close()
     results.join_thread()
+    sys.exit(status)
 
 
 class Worker:
@@ -135,8 +139,9 @@ class Worker:
     def _replace(self, tally: Tally, reason: str):
         self.process.kill()
         self.process.join()
-        tally.add(self._drawn(self.todo[0]), None, reason)
-        self.todo = self.todo[1:]
+        if self.process.exitcode != UNUSABLE:  # (else what did it has been counted)
+            tally.add(self._drawn(self.todo[0]), None, reason)
+            self.todo = self.todo[1:]
         if self.todo:
             self._start()
 

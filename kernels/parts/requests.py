@@ -14,7 +14,7 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 from .loads import PageSpan, PairLoad, TmaLoad, tiles_per_load
 from .ptx import lane_value, uniform
 from .sync import RingPos
-from .work import RECORD, Work, WorkItem
+from .work import RECORD, Work, WorkItem, record_of
 
 BATCH, FIRST, END, SEQLEN = ([f.name for f in fields(WorkItem)].index(name) for name in ("batch", "first", "end", "seqlen"))
 
@@ -44,7 +44,7 @@ class Refill:
     page: Constexpr[int]
     block_table: cute.Tensor
     work: Work
-    sItem: cute.Tensor  # (RECORD, item parity)
+    sItem: cute.Tensor  # (RECORD, record slot)
     slot_empty: cute.Pointer
     q_parts: Constexpr[int] = 1
 
@@ -66,7 +66,7 @@ class Refill:
                 opens = Boolean(True) if const_expr(single) else q_part == 0
                 if opens:
                     if lane < RECORD:
-                        self.sItem[lane, (it - skipped) & 1] = record
+                        record_of(self.sItem, it - skipped)[lane] = record
                     cute.arch.sync_warp()
                     batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
                 self.q.start(self.work.query_index(batch, record), stage, 0 if const_expr(single) else q_part)

@@ -36,6 +36,18 @@ class WorkItem:
         return cls(*(uniform(sRecord[i]) if ragged or i < TOKEN else Int32(0) for i in range(len(fields(cls)))))
 
 
+def record_slots(ring_slots: int) -> int:
+    """How many items' records shared memory must hold.  Refill writes the record of item j when ring slot n(j) - ring_slots has
+    been left; VALUE reads that of item i before it leaves slot n(i) + 1, and an item has two slots or more, q and a tile: the
+    record of item j - d has been read if 2 d - ring_slots >= 1.  3, 6, 12 slots: 2, 4, 8 records (a power of two)."""
+    return 1 << (ring_slots // 2).bit_length()
+
+
+def record_of(sItem, it):
+    """the record of item `it`, in the slot that it shares with others"""
+    return sItem[None, it & (cute.size(sItem, mode=[1]) - 1)]
+
+
 @dataclass(frozen=True)
 class Work:
     """The items of this CTA: those of its part, without the requests that have too few queries for a row in its row tile.
