@@ -126,12 +126,9 @@ class MLAConfig:
                 raise ValueError(f"MLAConfig: {message}")
 
         kv = self.kv
-        halves = 2 * BLOCK_BYTES // kv.itemsize
         need(kv.dtype in FORMATS, f"kv.dtype is {kv.dtype}; allowed: {', '.join(FORMATS)}")
         need((kv.latent, kv.rope) in DIMS, f"kv is {kv}; (latent, rope) of the table: {', '.join(map(str, DIMS))}")
-        need(
-            kv.latent % halves == 0, f"kv.latent is {kv.latent}; allowed: multiples of {halves}, a swizzled block for each half"
-        )
+        need(kv.latent in (128, 256, 512), f"kv.latent is {kv.latent}; allowed: 128, 256 or 512, which the tiles divide evenly")
         need(kv.rope % 16 == 0 and kv.rope <= TILE, f"kv.rope is {kv.rope}; allowed: multiples of 16 up to {TILE}, one block")
         need(
             self.page % PAGE_STEP == 0 and PAGE_STEP <= self.page <= MAX_PAGE,
