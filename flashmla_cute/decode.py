@@ -1,6 +1,5 @@
 """MLA decode: check, look the compiled kernel up, launch."""
 
-from dataclasses import astuple
 from math import inf
 
 import torch
@@ -50,9 +49,9 @@ def mla_decode(
     q_rope = None
     if type(q) is tuple:
         q, q_rope = _pair(q)
+    if getattr(cache, "scale", None) is not None:
+        return _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
     if is_dynamo_compiling():
-        if _is_fp8(cache):
-            return _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
     # A call like an earlier one costs a look-up instead of 30 checks.  The key holds what chooses the configuration, and of
     # what is checked whatever the compiled function does not check by itself (tests/runtime/test_launch_checks.py).
@@ -69,8 +68,6 @@ def mla_decode(
     except (AttributeError, KeyError, TypeError, ValueError):
         known = False
     if not known:
-        if _is_fp8(cache):
-            return _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         if checks.tracing():
             return _traced(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
@@ -97,9 +94,8 @@ def mla_decode(
             sink,
         )
     except Exception:
-        _check(
-            q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse
-        )  # if an argument is to blame, this names it
+        # if an argument is to blame, this names it
+        _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         raise
     return out, lse
 
@@ -145,41 +141,32 @@ def _nothing(*_):
 
 
 def _traced(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
-    """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator.  (Its last lines are
-    spelled out twice: a helper shared with the eager path costs each call 0.25 us of 0.85.)"""
+    """mla_decode as torch.compile sees it: what can be checked without memory, new outputs, one operator."""
     scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
-    if out is None:
-        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=plan.out_dtype, device=q.device)
-    if lse is None:
-        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
-    options = plan.options
-    torch.ops.flashmla_cute.decode(
-        q,
-        cache.pool,
-        cache.block_table,
-        plan.items,
-        plan.parts,
-        plan.merges,
-        out,
-        lse,
-        plan.o_split,
-        plan.lse_split,
-        scale,
-        plan.num_sms,
-        q_rope,
-        sink,
-        causal,
-        options.window,
-        options.softcap,
-        options.out,
-        options.lse_by_token,
-        options.lse_log2,
-    )
+    out, lse = _outputs(q, plan, plan.out_dtype, out, lse)
+    arguments = _arguments(q, q_rope, cache, plan, scale, sink=sink, out=out, lse=lse)
+    torch.ops.flashmla_cute.decode(*arguments, causal, *_as_operands(plan.options))
     return out, lse
 
 
-def _is_fp8(cache) -> bool:
-    return isinstance(cache, PagedKVCache) and cache.scale is not None
+def _outputs(q, plan, out_dtype, out, lse):
+    """those given, new ones for the others"""
+    if out is None:
+        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=out_dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def _arguments(q, q_rope, cache, plan, scale, *, sink, out, lse) -> tuple:
+    """of a compiled decode.  (mla_decode spells this and _outputs out: as calls they cost it 0.25 us of 0.85.)"""
+    tensors = (q, cache.pool, cache.block_table, plan.items, plan.parts, plan.merges, out, lse, plan.o_split, plan.lse_split)
+    return (*tensors, scale, plan.num_sms, q_rope, sink)
+
+
+def _as_operands(options):
+    """as the operators take them"""
+    return options.window, options.softcap, options.out, options.lse_by_token, options.lse_log2
 
 
 def _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
@@ -198,15 +185,10 @@ def _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
     base_dtype = q.dtype
     if base_dtype not in checks.DTYPES:
         base_dtype = out.dtype if out is not None and out.dtype in checks.DTYPES else torch.bfloat16
-    if out is None:
-        out_dtype = torch.float32 if plan.options.out else base_dtype
-        out = torch.empty(plan.out_shape or (*q.shape[:2], plan.format.latent), dtype=out_dtype, device=q.device)
-    if lse is None:
-        lse = torch.empty(plan.lse_shape or q.shape[:2], dtype=torch.float32, device=q.device)
-    tensors = (q, cache.pool, cache.block_table, plan.items, plan.parts, plan.merges, out, lse, plan.o_split, plan.lse_split)
-    arguments = (*tensors, scale, plan.num_sms, q_rope, sink, cache.scale, cache.q_scale)
+    out, lse = _outputs(q, plan, torch.float32 if plan.options.out else base_dtype, out, lse)
+    arguments = (*_arguments(q, q_rope, cache, plan, scale, sink=sink, out=out, lse=lse), cache.scale, cache.q_scale)
     if checks.tracing():
-        torch.ops.flashmla_cute.fp8_decode(*arguments, plan.query_terms, base_dtype, causal, *astuple(plan.options))
+        torch.ops.flashmla_cute.fp8_decode(*arguments, plan.query_terms, base_dtype, causal, *_as_operands(plan.options))
         return out, lse
     if not known:
         shared = (plan.o_split, q_rope, sink, causal, plan.options)
@@ -215,9 +197,8 @@ def _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
     try:
         launch(*arguments)
     except Exception:
-        _check(
-            q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse
-        )  # if an argument is to blame, this names it
+        # if an argument is to blame, this names it
+        _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
         raise
     return out, lse
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks, compile, ops, torch_ops
+from . import checks, torch_ops
 from .checks import need
-from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP, MLAConfig
+from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP
 
 
 class Identity:
@@ -197,8 +197,7 @@ class PagedKVCache:
         elif checks.tracing():
             torch.ops.flashmla_cute.append(latent, rope, slots, self.pool, self.format.latent)
         elif slots.shape[0] > 0:
-            config = MLAConfig(kv=self.format, page=self.page, causal=False)
-            compile.get(ops.AppendOp, config)(latent, rope, slots, self.pool)
+            torch_ops.append_function(self.pool, self.format.latent)(latent, rope, slots, self.pool)
 
     def convert(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: torch.Tensor | float | None = None) -> "PagedKVCache":
         """A new cache in e4m3 of what this bf16 or fp16 one holds, over the same block table and lengths; on the GPU.

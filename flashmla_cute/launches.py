@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 
 from . import resources
 from .kernels import append, combine, dense_decode, schedule
+from .kernels.config import MLAConfig
 
 EIATTR_KPARAM_INFO, EIATTR_REQNTID = 0x17, 0x10
 MODULES = {"DenseDecode": dense_decode, "Combine": combine, "BuildSchedule": schedule, "Append": append}
@@ -241,8 +242,8 @@ def _leaves(arguments: type, absent: set[str], prefix: str = "") -> Iterator[str
 
 def _absent(op) -> set[str]:
     """fields of a kernel's Args that are None for `op`"""
-    optional = {"cu_seqlens_q": op.name == "ragged_schedule"}
-    if hasattr(op.config, "kv"):
+    optional = {"cu_seqlens_q": op.name == "ragged_schedule", "scale": op.name == "fp8_append"}
+    if isinstance(op.config, MLAConfig):
         optional |= {"sink": op.config.sink, "q_rope": op.config.kv.rope > 0, "rope": op.config.kv.rope > 0}
     return {name for name, present in optional.items() if not present}
 

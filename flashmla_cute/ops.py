@@ -157,10 +157,11 @@ class AppendOp:
 
     @cute.jit
     def __call__(self, latent, rope, slots, cache, stream):
-        append.Append(self.config)(latent, rope, slots, cache, stream)
+        append.Append(self.config)(latent, rope, slots, cache, None, stream)
 
     def fake_args(self):
-        return (*append.fake_args(self.config), _stream())
+        *rows, _scale = append.fake_args(self.config)
+        return (*rows, _stream())
 
 
 class Fp8AppendOp:
@@ -173,7 +174,7 @@ class Fp8AppendOp:
 
     @cute.jit
     def __call__(self, latent, rope, slots, cache, scale, stream):
-        append.Fp8Append(self.config)(latent, rope, slots, cache, scale, stream)
+        append.Append(self.config)(latent, rope, slots, cache, scale, stream)
 
     def fake_args(self):
-        return (*append.fake_fp8_args(self.config), _stream())
+        return (*append.fake_args(self.config), _stream())

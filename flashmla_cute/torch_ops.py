@@ -110,14 +110,19 @@ def ragged_schedule(cache_seqlens: torch.Tensor, *others):
 def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, num_latent: int):
     checks.is_hopper("pool", pool)
     if slots.shape[0] > 0:
-        config = MLAConfig(kv=checks.format_of("pool", pool, num_latent), page=pool.shape[1], causal=False)
-        compile.get(ops.AppendOp, config)(latent, rope, slots, pool)
+        append_function(pool, num_latent)(latent, rope, slots, pool)
 
 
 def fp8_append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, scale: torch.Tensor):
     checks.is_hopper("pool", pool)
     if slots.shape[0] > 0:
         fp8_append_function(latent, pool)(latent, rope, slots, pool, scale)
+
+
+def append_function(pool: torch.Tensor, num_latent: int) -> Callable:
+    """the compiled append into `pool`; what it takes: ops.AppendOp"""
+    config = MLAConfig(kv=checks.format_of("pool", pool, num_latent), page=pool.shape[1], causal=False)
+    return compile.get(ops.AppendOp, config)
 
 
 def fp8_append_function(latent: torch.Tensor, pool: torch.Tensor) -> Callable:

@@ -57,7 +57,7 @@ from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, MLAConfig
 from .parts.handover import publish, store_fragment, store_row_values
-from .parts.loads import EVICT_FIRST, TmaLoad, TmaOperand
+from .parts.loads import TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
 from .parts.ptx import opaque, uniform
 from .parts.requests import Feed, Refill
@@ -237,9 +237,7 @@ class ScoreTiles:
 class DenseDecode:
     def __init__(self, config: MLAConfig):
         self.config = config
-        self.q_steps = (
-            config.latent_blocks - 1
-        ) * STEPS  # k-steps with q in registers; its last latent block and rope stay in smem
+        self.q_steps = (config.latent_blocks - 1) * STEPS  # k-steps with q in registers; the others' q stays in smem
         self.open_steps = min(OPEN_STEPS, self.q_steps - STEPS)  # of them, issued in S2
         self.group_a = self.q_steps - 1  # of them, in S2's first commit group; pv_go is sent when it is done
         self.rope_steps = config.kv.rope // 16
@@ -263,12 +261,13 @@ class DenseDecode:
         _, _, h_kv, _ = cache.shape
         _, s_q, h_q, _ = result.o_split.shape
         cap = config.options.softcap
+        rope_of, rope_column = (q_rope, 0) if config.q_pair else (q, latent)
         args = Args(
-            q=self._query_operand(q, 0, blocks),
-            q_last=self._query_operand(q, latent - BLOCK, 1),
-            q_rope=self._rope_operand(q, q_rope) if rope else None,
-            latent=self._cache_operand(cache, 0, blocks),
-            rope=self._cache_operand(cache, latent, 1, rope) if rope else None,
+            q=query_operand(config, q, 0, BLOCK, blocks),
+            q_last=query_operand(config, q, latent - BLOCK, BLOCK, 1),
+            q_rope=query_operand(config, rope_of, rope_column, rope, 1, step=BLOCK) if rope else None,
+            latent=cache_operand(config, cache, 0, BLOCK, blocks),
+            rope=cache_operand(config, cache, latent, rope, 1, step=BLOCK) if rope else None,
             block_table=block_table,
             items=items,
             parts=parts,
@@ -287,30 +286,6 @@ class DenseDecode:
             hint_smem_base_uniform=True,
             use_pdl=True,
         )
-
-    def _query_operand(self, q, column, blocks, width=BLOCK):
-        """columns column .. column + 64 * blocks of q as (head, query token, 64, block, request), see parts/rows.py"""
-        if self.config.ragged:  # a single request; loads are told where in it another begins
-            q = cute.make_tensor(q.iterator, cute.make_layout((1, *q.shape), stride=(q.stride[0], *q.stride)))
-        b, s_q, h_q, _ = q.shape
-        stride_b, stride_s, stride_h, _ = q.stride
-        flat = self.config.head_tile == 0
-        rows = (s_q * h_q, 1) if flat else (h_q, s_q)
-        layout = cute.make_layout((*rows, width, blocks, b), stride=(stride_h, stride_s, 1, BLOCK, stride_b))
-        return TmaOperand.make(cute.make_tensor(q.iterator + column, layout), blocks, self.config.row_modes)
-
-    def _rope_operand(self, q, q_rope):
-        rope = self.config.kv.rope
-        if self.config.q_pair:
-            return self._query_operand(q_rope, 0, 1, rope)
-        return self._query_operand(q, self.config.kv.latent, 1, rope)
-
-    def _cache_operand(self, cache, column, blocks, width=BLOCK):
-        num_pages, page, h_kv, _ = cache.shape
-        stride_page, stride_token, stride_h, _ = cache.stride
-        shape, stride = (page, width, blocks, h_kv, num_pages), (stride_token, 1, BLOCK, stride_h, stride_page)
-        tensor = cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride))
-        return TmaOperand.make(tensor, blocks, (self.config.box_tokens,))
 
     # ------------------------------------------------------------------ device: dispatch
     @cute.kernel
@@ -342,20 +317,6 @@ class DenseDecode:
                     self.value(0, args, smem, bars, work, rows)
                 else:
                     self.value(1, args, smem, bars, work, rows)
-
-    def _query_load(self, operand, rows, sDst, full):
-        source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
-        if self.config.ragged:  # the index is how far along the token mode a request begins
-            *modes, _ = source.shape
-            shape, stride = (*modes, modes[rows.token_mode]), (*source.stride[:-1], source.stride[rows.token_mode])
-            source = cute.make_tensor(source.iterator, cute.make_layout(shape, stride=stride))
-        lanes = self.config.lane_arrivals
-        return TmaLoad.make(operand.atom, source, sDst, full, self.config.row_modes, every_lane=lanes)
-
-    def _cache_load(self, operand, rows, sDst, full):
-        source = operand.tensor[None, None, None, rows.kv_head, None]
-        box, lanes = (self.config.box_tokens,), self.config.lane_arrivals
-        return TmaLoad.make(operand.atom, source, sDst, full, box, hint=EVICT_FIRST, every_lane=lanes)
 
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
@@ -534,15 +495,16 @@ class DenseDecode:
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
+        config = self.config
         if half == 0:
-            q_last, rope, q_rope = self._query_load(args.q_last, rows, smem.q_last, bars.q_tail_full), None, None
-            if self.config.kv.rope:
-                rope = self._cache_load(args.rope, rows, smem.rope, bars.rope_full)
-                q_rope = self._query_load(args.q_rope, rows, smem.q_rope, bars.q_tail_full)
-            return Feed(rope, q_last, q_rope, self.config.page, args.block_table, work, bars.rope_empty)
-        q = self._query_load(args.q, rows, smem.q_ring, bars.slot_full)
-        latent = self._cache_load(args.latent, rows, smem.ring, bars.slot_full)
-        return Refill(q, latent, self.config.page, args.block_table, work, smem.item, bars.slot_empty)
+            q_last, rope, q_rope = query_load(config, args.q_last, rows, smem.q_last, bars.q_tail_full), None, None
+            if config.kv.rope:
+                rope = cache_load(config, args.rope, rows, smem.rope, bars.rope_full)
+                q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
+            return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
+        q = query_load(config, args.q, rows, smem.q_ring, bars.slot_full)
+        latent = cache_load(config, args.latent, rows, smem.ring, bars.slot_full)
+        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty)
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

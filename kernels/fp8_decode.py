@@ -46,7 +46,7 @@ from cutlass.memory import SmemAllocator
 from .config import SMEM_LIMIT, TILE, Fp8Config
 from .parts.convert import HIGH_STEPS, LOW_STEPS, UNIT_TOKENS, Converter, QuerySlots
 from .parts.handover import publish, store_fragment, store_row_values
-from .parts.loads import EVICT_FIRST, PairLoad, TmaLoad, TmaOperand
+from .parts.loads import PairLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
 from .parts.ptx import opaque, uniform
 from .parts.requests import Refill
@@ -267,10 +267,10 @@ class Fp8Decode:
             q_rope = cute.recast_tensor(q_rope, Float16) if config.base.q_pair else None
         rope_of, rope_column = (q_rope, 0) if config.base.q_pair else (q, config.q_slots * PAIRS)
         args = Args(
-            q=self._query_operand(q, 0, BLOCK, PAIRS // BLOCK),
-            q_rope=self._query_operand(rope_of, rope_column, ROPE_PAIRS, 1),
-            latent=self._cache_operand(pairs, 0, BLOCK, PAIRS // BLOCK),
-            rope=self._cache_operand(pairs, PAIRS, ROPE_PAIRS, 1),
+            q=query_operand(config.base, q, 0, BLOCK, PAIRS // BLOCK * config.q_slots, PAIRS // BLOCK),
+            q_rope=query_operand(config.base, rope_of, rope_column, ROPE_PAIRS, config.q_slots, 1),
+            latent=cache_operand(config.base, pairs, 0, BLOCK, PAIRS // BLOCK),
+            rope=cache_operand(config.base, pairs, PAIRS, ROPE_PAIRS, 1),
             block_table=block_table,
             items=items,
             parts=parts,
@@ -289,24 +289,6 @@ class Fp8Decode:
             hint_smem_base_uniform=True,
             use_pdl=True,
         )
-
-    def _query_operand(self, q, column, width, blocks):
-        """columns from `column` on, `blocks` of them for each slot of q, as (head, query token, width, block, request)"""
-        if self.config.base.ragged:  # a single request; loads are told where in it another begins
-            q = cute.make_tensor(q.iterator, cute.make_layout((1, *q.shape), stride=(q.stride[0], *q.stride)))
-        b, s_q, h_q, _ = q.shape
-        stride_b, stride_s, stride_h, _ = q.stride
-        rows = (s_q * h_q, 1) if self.config.base.head_tile == 0 else (h_q, s_q)
-        shape, stride = (*rows, width, blocks * self.config.q_slots, b), (stride_h, stride_s, 1, width, stride_b)
-        layout = cute.make_layout(shape, stride=stride)
-        return TmaOperand.make(cute.make_tensor(q.iterator + column, layout), blocks, self.config.base.row_modes, width)
-
-    def _cache_operand(self, cache, column, width, blocks):
-        num_pages, page, h_kv, _ = cache.shape
-        stride_page, stride_token, stride_h, _ = cache.stride
-        shape, stride = (page, width, blocks, h_kv, num_pages), (stride_token, 1, width, stride_h, stride_page)
-        tensor = cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride))
-        return TmaOperand.make(tensor, blocks, (self.config.base.box_tokens,), width)
 
     # ------------------------------------------------------------------ device: dispatch
     @cute.kernel
@@ -339,24 +321,11 @@ class Fp8Decode:
                     self.value(1, args, smem, bars, work, rows)
 
     def _refill(self, args, smem, bars, work, rows):
-        base = self.config.base
-
-        def load(operand, source, sDst, modes, hint=None):
-            return TmaLoad.make(operand.atom, source, sDst, bars.slot_full, modes, hint, base.lane_arrivals)
-
-        def query(operand, sDst):
-            source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
-            if base.ragged:  # the index is how far along the token mode a request begins
-                *modes, _ = source.shape
-                shape, stride = (*modes, modes[rows.token_mode]), (*source.stride[:-1], source.stride[rows.token_mode])
-                source = cute.make_tensor(source.iterator, cute.make_layout(shape, stride=stride))
-            return load(operand, source, sDst, base.row_modes)
-
-        def cache(operand, sDst):
-            return load(operand, operand.tensor[None, None, None, rows.kv_head, None], sDst, (base.box_tokens,), EVICT_FIRST)
-
-        q = PairLoad(query(args.q, smem.q), query(args.q_rope, smem.q_rope))
-        tile = PairLoad(cache(args.latent, smem.ring), cache(args.rope, smem.rope))
+        base, full = self.config.base, bars.slot_full
+        q = PairLoad(query_load(base, args.q, rows, smem.q, full), query_load(base, args.q_rope, rows, smem.q_rope, full))
+        tile = PairLoad(
+            cache_load(base, args.latent, rows, smem.ring, full), cache_load(base, args.rope, rows, smem.rope, full)
+        )
         return Refill(q, tile, base.page, args.block_table, work, smem.item, bars.slot_empty, self.config.q_slots)
 
     # ------------------------------------------------------------------ role SCORE

@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from flashmla_cute import ops, resources
+from flashmla_cute import heuristics, ops, resources
 from flashmla_cute.kernels.config import (
     BATCH_INVARIANT,
     FORMATS,
+    FP8_FORMATS,
     LAUNCH_REGISTERS,
     PRESETS,
     SMEM_LIMIT,
     DecodeOptions,
+    Fp8AppendConfig,
+    Fp8Config,
     KVFormat,
     MLAConfig,
     ScheduleConfig,
@@ -30,12 +33,35 @@ SHAPES = (  # every (latent, rope), a page of each kind of box, every option
     MLAConfig(kv=KVFormat("bfloat16", 128, 32), head_tile=16, page=1024, options=DecodeOptions(lse_by_token=True)),
 )
 OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED, *SHAPES
-DECODE = [ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)]
+FLAT = FP8_FORMATS["float8_e4m3fn"]
+
+
+def fp8(q_dtype: str = "bfloat16", q_terms: int = 2, **base):
+    base = MLAConfig(**{"kv": FORMATS[q_dtype] if q_dtype in FORMATS else FORMATS["bfloat16"], **base})
+    return ops.Fp8DecodeOp(heuristics.fp8_config(base, FLAT, q_dtype, q_terms))
+
+
+FP8_DECODE = [
+    fp8(),
+    fp8(causal=False),
+    fp8("float16"),
+    fp8(q_terms=1),
+    fp8("float8_e4m3fn"),
+    fp8(head_tile=16, q_pair=True, sink=True),
+    fp8(page=16, options=DecodeOptions(window=512, softcap=30.0)),
+    fp8("float8_e4m3fn", page=16, head_tile=64),
+    fp8(options=DecodeOptions(out="float32"), split="float32"),
+    fp8(ragged=True),
+    fp8(lane_arrivals=True),
+]
+FP8_APPEND = [ops.Fp8AppendOp(Fp8AppendConfig(source=source)) for source in (*FORMATS, FLAT.dtype)]
+DECODE = [*(ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)), *FP8_DECODE]
+ATTENTION = {ops.DecodeOp: "DenseDecode", ops.Fp8DecodeOp: "Fp8Decode"}  # the kernel beside Combine
 SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for config in (ScheduleConfig(), BATCH_INVARIANT)]
 MERGE = [ops.MergeOp(MLAConfig(kv=kv, causal=False, split=kv.dtype)) for kv in FORMATS.values()]
-APPEND = [ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()]
+APPEND = [*(ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()), *FP8_APPEND]
 STARVED = ops.DecodeOp(replace(PRESETS[0], value_registers=152))
-TOO_MANY_STAGES = ops.DecodeOp(replace(PRESETS[0], stages=4))
+TOO_MUCH_MEMORY = [ops.DecodeOp(replace(PRESETS[0], stages=4)), ops.Fp8DecodeOp(Fp8Config(v_units=3))]
 
 
 def label(op):
@@ -47,7 +73,7 @@ def gate():
     """op -> what its compile says; every op once, two at a time, each in its own process"""
     with ThreadPoolExecutor(max_workers=2) as pool:
         started = {
-            op: pool.submit(resources.gate, op) for op in (*DECODE, *SCHEDULE, *MERGE, *APPEND, STARVED, TOO_MANY_STAGES)
+            op: pool.submit(resources.gate, op) for op in (*DECODE, *SCHEDULE, *MERGE, *APPEND, STARVED, *TOO_MUCH_MEMORY)
         }
         yield lambda op: started[op].result()
         pool.shutdown(cancel_futures=True)
@@ -65,10 +91,10 @@ def test_fits(gate, op):
 
 @pytest.mark.parametrize("op", DECODE, ids=label)
 def test_decode_launches_with_the_registers_that_setmaxnreg_moves(gate, op):
-    kernels = gate(op).kernels
-    assert set(kernels) == {"DenseDecode", "Combine"}
-    assert kernels["DenseDecode"].registers == LAUNCH_REGISTERS
-    assert kernels["DenseDecode"].smem > SMEM_LIMIT // 2, "the register budgets assume one CTA an SM"
+    kernels, attention = gate(op).kernels, ATTENTION[type(op)]
+    assert set(kernels) == {attention, "Combine"}
+    assert kernels[attention].registers == LAUNCH_REGISTERS
+    assert kernels[attention].smem > SMEM_LIMIT // 2, "the register budgets assume one CTA an SM"
 
 
 @pytest.mark.parametrize("op", SCHEDULE, ids=label)
@@ -93,6 +119,7 @@ def test_spills_are_seen(gate):
     assert gate(STARVED).kernels["DenseDecode"].frame > 0
 
 
-def test_too_much_shared_memory_does_not_compile(gate):
-    with pytest.raises(RuntimeError, match=rf"\d+ bytes of shared memory, .*; {SMEM_LIMIT} allowed"):
-        gate(TOO_MANY_STAGES)
+@pytest.mark.parametrize("op", TOO_MUCH_MEMORY, ids=label)
+def test_too_much_shared_memory_does_not_compile(gate, op):
+    with pytest.raises(RuntimeError, match=rf"\d+ bytes of shared memory, (.*; )?{SMEM_LIMIT} allowed"):
+        gate(op)

@@ -104,7 +104,7 @@ class DecodeStep:
         self.lengths, self.starts = zeros(batch), zeros(batch + 1) if ragged else None
         self.block_table, self.cache_seqlens, self.cu_seqlens_q = block_table, self.lengths, self.starts
         self.latent, self.one = steps.latent, steps.one
-        self._caches: dict[tuple[int, ...], PagedKVCache] = {}
+        self._caches: dict[tuple, PagedKVCache] = {}
         shape = self._make_cache(steps.pool, None)
         count = dict(cu_seqlens_q=self.starts, max_seqlen_q=num_queries) if ragged else dict(num_queries=num_queries)
         self.plan = DecodePlan(shape, steps.num_heads, **count, **steps.arguments)
@@ -155,7 +155,8 @@ class DecodeStep:
 
     def _cache(self, pool: torch.Tensor, scale: torch.Tensor | None) -> PagedKVCache:
         """The layer's cache.  Kept, so that a layer is checked once and not at every step: mla_decode remembers caches."""
-        key = pool.data_ptr(), self.block_table.data_ptr(), self.block_table.stride(0)
+        of_scale = None if scale is None else scale.data_ptr()
+        key = pool.data_ptr(), of_scale, self.block_table.data_ptr(), self.block_table.stride(0)
         cache = self._caches.get(key)
         if cache is None:
             if len(self._caches) >= MAX_REMEMBERED:

@@ -6,7 +6,7 @@ from .. import checks
 from ..kernels.config import DIMS, MAX_PAGE, PAGE_STEP
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.DTYPES}  # of queries, and of caches like them
-FP8_CACHES = {dtype: ((kv.latent, kv.rope),) for dtype, kv in getattr(checks, "FP8_DTYPES", {}).items()}
+FP8_CACHES = {dtype: ((kv.latent, kv.rope),) for dtype, kv in checks.FP8_DTYPES.items()}
 CACHES = {**dict.fromkeys(checks.DTYPES, DIMS), **FP8_CACHES}  # element type -> (latent, rope) columns of a token
 PAGES = range(PAGE_STEP, MAX_PAGE + 1, PAGE_STEP)  # tokens
 

@@ -118,6 +118,45 @@ class PairLoad:
             self.second.copy(row, page, i, slot)
 
 
+# ---------------------------------------------------------------------- q and cache
+def query_operand(config, q, column, width, blocks, tile_blocks=None, step=None):
+    """Columns of q from `column` on, `blocks` blocks `step` apart (default: width), each of `width` columns, as (head, query
+    token, width, block, request), see rows.py; a load brings `tile_blocks` of them (default: all)."""
+    if config.ragged:  # a single request; loads are told where in it another begins
+        q = cute.make_tensor(q.iterator, cute.make_layout((1, *q.shape), stride=(q.stride[0], *q.stride)))
+    b, s_q, h_q, _ = q.shape
+    stride_b, stride_s, stride_h, _ = q.stride
+    rows = (s_q * h_q, 1) if config.head_tile == 0 else (h_q, s_q)
+    layout = cute.make_layout((*rows, width, blocks, b), stride=(stride_h, stride_s, 1, step or width, stride_b))
+    tensor = cute.make_tensor(q.iterator + column, layout)
+    return TmaOperand.make(tensor, tile_blocks or blocks, config.row_modes, step or width)
+
+
+def cache_operand(config, cache, column, width, blocks, step=None):
+    """the same columns of the cache, as (token, width, block, kv head, page)"""
+    num_pages, page, h_kv, _ = cache.shape
+    stride_page, stride_token, stride_h, _ = cache.stride
+    shape, stride = (page, width, blocks, h_kv, num_pages), (stride_token, 1, step or width, stride_h, stride_page)
+    tensor = cute.make_tensor(cache.iterator + column, cute.make_layout(shape, stride=stride))
+    return TmaOperand.make(tensor, blocks, (config.box_tokens,), step or width)
+
+
+def query_load(config, operand, rows, sDst, full):
+    """this CTA's rows of q"""
+    source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
+    if config.ragged:  # the index is how far along the token mode a request begins
+        *modes, _ = source.shape
+        shape, stride = (*modes, modes[rows.token_mode]), (*source.stride[:-1], source.stride[rows.token_mode])
+        source = cute.make_tensor(source.iterator, cute.make_layout(shape, stride=stride))
+    return TmaLoad.make(operand.atom, source, sDst, full, config.row_modes, every_lane=config.lane_arrivals)
+
+
+def cache_load(config, operand, rows, sDst, full):
+    """tiles of this CTA's kv head"""
+    source, box = operand.tensor[None, None, None, rows.kv_head, None], (config.box_tokens,)
+    return TmaLoad.make(operand.atom, source, sDst, full, box, hint=EVICT_FIRST, every_lane=config.lane_arrivals)
+
+
 # ---------------------------------------------------------------------- pages
 def tiles_per_load(page: int) -> int:
     """tiles whose pages fit into one table entry a lane, wherever the first one begins in its page"""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashmla_cute.integrations import plugins, support
+from flashmla_cute.integrations import plugins
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import Case, Problem
 
@@ -165,7 +165,6 @@ def test_target_verify(sglang, device, monkeypatch):
     compare(backend, problem, run(backend, problem, "verify"))
 
 
-@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
 def test_an_fp8_cache_is_read_as_it_was_cast(sglang, device, monkeypatch):
     problem = Problem.make(ScaledCase((70, 1, 300), h_q=H), device)
     runner = make_runner(problem, kv_cache_dtype=torch.float8_e4m3fn)

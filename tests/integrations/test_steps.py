@@ -107,7 +107,6 @@ def test_a_ragged_step_decodes(device, pair):
         check(Problem(one, q[rows].unsqueeze(0), cache, None, None), out[rows], lse[rows]) if n else None
 
 
-@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
 @pytest.mark.parametrize("pair", [False, True], ids=["joined", "pair"])
 def test_a_step_over_fp8_decodes(device, pair):
     problem, scale = Problem.make(Case((70, 1, 0, 300), h_q=16, s_q=2), device), torch.tensor(0.5, device=device)

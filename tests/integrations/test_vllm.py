@@ -142,7 +142,6 @@ def test_build_then_decode(vllm, device, monkeypatch, s_q):
         assert torch.equal(joined, out)
 
 
-@pytest.mark.skipif(not support.FP8_CACHES, reason="the installed kernels have no FP8 cache")
 def test_an_fp8_cache(vllm, device, monkeypatch):
     builder = make_builder(vllm, device, monkeypatch, cache="fp8")
     impl = make_impl(vllm, monkeypatch, kv_cache_dtype="fp8")
