@@ -119,7 +119,9 @@ def _remember(plan, key, q, q_rope, pool, sink):
     """the launch of arguments that were checked, for `key` from now on"""
     if plan.batch == 0:
         return _nothing
-    return _keep(plan, key, torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.options))
+    return _keep(
+        plan, key, torch_ops.decode_function(q, pool, plan.o_split, q_rope, sink, key[1], plan.fixed_pieces, plan.options)
+    )
 
 
 def _keep(plan, key, launch):
@@ -145,7 +147,7 @@ def _traced(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
     scale = _check(q, q_rope, cache, plan, softmax_scale, causal, sink=sink, out=out, lse=lse)
     out, lse = _outputs(q, plan, plan.out_dtype, out, lse)
     arguments = _arguments(q, q_rope, cache, plan, scale, sink=sink, out=out, lse=lse)
-    torch.ops.flashmla_cute.decode(*arguments, causal, *_as_operands(plan.options))
+    torch.ops.flashmla_cute.decode(*arguments, causal, plan.fixed_pieces, *_as_operands(plan.options))
     return out, lse
 
 
@@ -188,10 +190,11 @@ def _over_fp8(q, q_rope, cache, plan, softmax_scale, causal, *, sink, out, lse):
     out, lse = _outputs(q, plan, torch.float32 if plan.options.out else base_dtype, out, lse)
     arguments = (*_arguments(q, q_rope, cache, plan, scale, sink=sink, out=out, lse=lse), cache.scale, cache.q_scale)
     if checks.tracing():
-        torch.ops.flashmla_cute.fp8_decode(*arguments, plan.query_terms, base_dtype, causal, *_as_operands(plan.options))
+        how = plan.query_terms, base_dtype, causal, plan.fixed_pieces
+        torch.ops.flashmla_cute.fp8_decode(*arguments, *how, *_as_operands(plan.options))
         return out, lse
     if not known:
-        shared = (plan.o_split, q_rope, sink, causal, plan.options)
+        shared = (plan.o_split, q_rope, sink, causal, plan.fixed_pieces, plan.options)
         how = (base_dtype, plan.query_terms, q, cache.pool)
         launch = _keep(plan, key, torch_ops.fp8_decode_function(*how, *shared)) if plan.batch else _nothing
     try:

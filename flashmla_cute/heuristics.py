@@ -18,9 +18,10 @@ def decode_config(
     q_pair: bool = False,
     sink: bool = False,
     ragged: bool = False,
+    fixed_pieces: bool = False,
 ) -> MLAConfig:
     """How the decode kernel is specialised.  num_queries: of a request; ragged: of any at most; split: element type of partial
-    results; mergeable: see choose_head_tile."""
+    results; mergeable: see choose_head_tile; fixed_pieces: the schedule is batch-invariant."""
     return MLAConfig(
         kv=kv,
         page=page,
@@ -29,6 +30,7 @@ def decode_config(
         q_pair=q_pair,
         sink=sink,
         ragged=ragged,
+        fixed_pieces=fixed_pieces,
         head_tile=choose_head_tile(num_queries, num_heads, num_kv_heads, mergeable, ragged),
         split=split,
     )

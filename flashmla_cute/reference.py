@@ -1,9 +1,11 @@
 """What the kernel computes, in float64: the specification, and the oracle of every test."""
 
+from itertools import pairwise
+
 import torch
 
 from .kernels.config import PLAIN, TILE, DecodeOptions
-from .schedule import Schedule
+from .schedule import Merge, Schedule
 
 
 def gather(pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
@@ -102,17 +104,21 @@ def emulate_decode(
         else:
             out[request], lse[request] = o, l
 
+    merges = list(schedule.merges)
     for item in schedule.items:
         k = gather(pool, block_table[item.batch], item.seqlen)
         mine = q[item.token : item.token + item.num_queries] if ragged else q[item.batch]
-        s = scores(mine, k, softmax_scale, causal, options)
-        span = slice(item.first * TILE, min(item.end * TILE, item.seqlen))
-        o, l = softmax_times(s[..., span], k[span, :, :latent])
-        if item.slot < 0:
-            write(item.token if ragged else item.batch, item.num_queries, o * sink_share(l, sink), l)
-        else:
-            pieces[item.slot] = o, l
-    for merge in schedule.merges:
+        s, owner = scores(mine, k, softmax_scale, causal, options), item.token if ragged else item.batch
+        for i, (first, end) in enumerate(pairwise(item.edges)):
+            span = slice(first * TILE, min(end * TILE, item.seqlen))
+            o, l = softmax_times(s[..., span], k[span, :, :latent])
+            if item.slot < 0:
+                write(owner, item.num_queries, o * sink_share(l, sink), l)
+            else:
+                pieces[item.slot + i] = o, l
+        if item.gathers:
+            merges.append(Merge(owner, item.slot, len(item.edges) - 1, item.num_queries))
+    for merge in merges:
         mine = [pieces.pop(slot) for slot in merge.slots()]
         if not mine:
             write(merge.batch, merge.num_queries, 0.0, float("-inf"))

@@ -4,12 +4,13 @@ The tests hold the device to it record by record; `flashmla-cute demo` runs it w
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import isqrt
 
-from .kernels.config import MAX_ROW_TILES, TILE, ScheduleConfig
+from .kernels.config import MANY_TILES, MAX_ROW_TILES, TILE, ScheduleConfig
+from .kernels.parts.work import PIECE_SHIFT
 
 NUM_CANDIDATES = 32
 
@@ -19,7 +20,8 @@ NO_LIMIT = 1 << 30  # tokens
 
 @dataclass(frozen=True)
 class Item:
-    """A span of KV tiles of one request.  `slot`: where its partial result goes; -1: it is the whole request."""
+    """A span of KV tiles of one request.  `slot`: where its partial result goes, that of its first piece if it has several;
+    -1: it is the whole request in one piece."""
 
     batch: int
     first: int
@@ -28,6 +30,21 @@ class Item:
     seqlen: int
     token: int = 0  # ragged: the request's first query token
     num_queries: int = 0
+    pieces: int = 0  # packed lengths of its pieces, see pack_pieces; 0: one piece
+
+    @property
+    def gathers(self) -> bool:
+        """it is the whole request, and its last piece adds up the others"""
+        return self.pieces < 0
+
+    @property
+    def edges(self) -> list[int]:
+        """first, where its pieces meet, end"""
+        length, long = abs(self.pieces) >> PIECE_SHIFT, abs(self.pieces) & (1 << PIECE_SHIFT) - 1
+        edges = [self.first]
+        while edges[-1] < self.end:
+            edges.append(edges[-1] + length + (len(edges) <= long) if self.pieces else self.end)
+        return edges
 
 
 @dataclass(frozen=True)
@@ -61,37 +78,48 @@ def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config
     return max(1, 2 * max_parts - 2)
 
 
-def num_items(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
-    """records that they can need"""
-    return batch * num_pieces(max_tiles, row_tiles, config) if config.max_pieces else batch + max_parts
+def num_items(batch: int, max_parts: int) -> int:
+    """records that `batch` requests can need: one each, and one for every cut"""
+    return batch + max_parts
 
 
 def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
     """pieces that a request has before the cuts"""
     if not config.max_pieces:
         return int(tiles > 0)
-    pieces = isqrt(config.piece_gain * tiles // (32 * min(row_tiles, MAX_ROW_TILES)))
+    pieces = isqrt(config.piece_gain * min(tiles, MANY_TILES) // (32 * min(row_tiles, MAX_ROW_TILES)))
     pieces = max(pieces, tiles // config.piece_tiles)
-    return max(min(pieces, tiles, config.max_pieces), int(tiles > 0))
+    return max(min(pieces, tiles // 2, config.max_pieces), int(tiles > 0))
 
 
-def piece_begin(tiles: int, pieces: int, i: int) -> int:
-    """first tile of piece i"""
-    return tiles * i // pieces
+def piece_edge(tiles: int, pieces: int, i: int) -> int:
+    """first tile of piece i; the longer ones, by a tile, come first"""
+    return tiles // pieces * i + min(tiles % pieces, i)
 
 
-def piece_cut(prefix: Sequence[int], items: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
-    """cut p of 0 .. parts, at the nearest edge of a piece -> (the first item behind it, cost before that)"""
+def pack_pieces(tiles: int, pieces: int, first: int, gathers: bool) -> int:
+    """how long the pieces from `first` on are: so many of a tile more, then of tiles // pieces"""
+    packed = (tiles // pieces << PIECE_SHIFT) + max(tiles % pieces - first, 0)
+    return -packed if gathers else packed
+
+
+def piece_cut(prefix: Sequence[int], pieces: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
+    """cut p of 0 .. parts, at the nearest edge of a piece -> (request, tile); pieces: those before a request"""
     batch, total = len(prefix) - 1, prefix[-1]
-    if p >= parts or total == 0:
-        return items[batch], total
-    x = total * p // parts
+    if p == 0 or total == 0:
+        return 0, 0
+    if p >= parts:
+        return batch, 0
+    line = total - item_tiles
+    x = item_tiles + line // parts * p + line % parts * p // parts
     request = bisect_right(prefix, x, 0, batch) - 1
-    weight, pieces = prefix[request + 1] - prefix[request], items[request + 1] - items[request]
-    mean = weight // pieces
-    i = min((x - prefix[request] + mean // 2) // mean, pieces)
-    tiles = weight - item_tiles * pieces
-    return items[request] + i, prefix[request] + piece_begin(tiles, pieces, i) + item_tiles * i
+    tiles, num = prefix[request + 1] - prefix[request] - item_tiles, pieces[request + 1] - pieces[request]
+    tile = max(x - prefix[request] - item_tiles, 0)
+    length, long = tiles // num, tiles % num
+    i = tile // (length + 1) if tile < long * (length + 1) else long + (tile - long * (length + 1)) // length
+    begin, end = piece_edge(tiles, num, i), piece_edge(tiles, num, i + 1)
+    tile = begin if tile - begin < end - tile else end
+    return (request, tile) if tile < tiles else (request + 1, 0)
 
 
 def candidate(i: int, max_parts: int, most: int) -> int:
@@ -126,12 +154,16 @@ def part_loads(prefix: Sequence[int], cuts: Sequence[tuple[int, int]], item_tile
     return [at[p + 1] - at[p] + (item_tiles if cuts[p][1] else 0) for p in range(len(cuts) - 1)]
 
 
-def count_pieces(cuts: Sequence[tuple[int, int]]) -> int:
-    """split pieces: one behind every cut inside a request, and one before a request's first"""
+def count_pieces(cuts: Sequence[tuple[int, int]], fixed: Sequence[int] | None = None) -> int:
+    """Split pieces: one behind every cut inside a request, and one before a request's first.  fixed: how many each request has
+    where any cut makes all of them partial results."""
     pieces = 0
     for (request, tile), (next_request, next_tile) in pairwise(cuts):
-        pieces += tile > 0
-        pieces += next_tile > 0 and (next_request != request or tile == 0)
+        first = next_tile > 0 and (next_request != request or tile == 0)
+        if fixed is None:
+            pieces += (tile > 0) + first
+        elif first:
+            pieces += fixed[next_request]
     return pieces
 
 
@@ -151,10 +183,7 @@ def build_schedule(
     seqlens = [min(max(n, 0), max_tokens) for n in lengths]
     unseen = [max(n - reach, 0) // TILE for n in seqlens]  # tiles
     tiles = [-(-n // TILE) - first for n, first in zip(seqlens, unseen)]
-    pieces = [num_pieces(n, row_tiles, config) for n in tiles]
-    prefix = [0, *accumulate(n + config.item_tiles * k for n, k in zip(tiles, pieces))]
-    make = _of_fixed_pieces if config.max_pieces else _of_cuts
-    made = make(tiles, seqlens, prefix, [0, *accumulate(pieces)], row_tiles, max_parts, config)
+    made = _build(tiles, seqlens, row_tiles, max_parts, config)
     shifted = (replace(item, first=item.first + unseen[item.batch], end=item.end + unseen[item.batch]) for item in made.items)
     return replace(made, items=tuple(shifted))
 
@@ -168,55 +197,50 @@ def _ragged(lengths, row_tiles, max_parts, config, max_tokens, reach, cu_seqlens
     return replace(plain, items=tuple(items), merges=tuple(merges))
 
 
-def _cheapest(cost: Callable[[int], int], max_parts: int, most: int) -> int:
-    """number of parts: the first of equals"""
-    return min((candidate(i, max_parts, most) for i in range(NUM_CANDIDATES)), key=cost)
-
-
-def _of_cuts(tiles, seqlens, prefix, filled, row_tiles, max_parts, config) -> Schedule:
-    """cut where it balances the batch"""
+def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
+    prefix = [0, *accumulate(n + config.item_tiles * (n > 0) for n in tiles)]
+    filled = [0, *accumulate(int(n > 0) for n in tiles)]
+    pieces = [num_pieces(n, row_tiles, config) for n in tiles]
+    first_piece = [0, *accumulate(pieces)]
 
     def cuts_of(parts):
+        if config.max_pieces:
+            return [piece_cut(prefix, first_piece, p, parts, config.item_tiles) for p in range(parts + 1)]
         return [cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)]
 
     def cost(parts):
         cuts = cuts_of(parts)
-        return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + count_pieces(cuts) * row_tiles
+        split = count_pieces(cuts, pieces if config.max_pieces else None)
+        return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + split * row_tiles
 
-    parts = _cheapest(cost, max_parts, prefix[-1] - config.item_tiles)
+    most = prefix[-1] - config.item_tiles
+    parts = min((candidate(i, max_parts, most) for i in range(NUM_CANDIDATES)), key=cost)  # the first of equals
     cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
-    inside = [0, *accumulate(int(tile > 0) for _, tile in cuts)]
+    inside = [0, *accumulate(int(tile > 0 and (p == 0 or cuts[p - 1] != (r, tile))) for p, (r, tile) in enumerate(cuts))]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
     items, merges, next_slot = [], [], 0
     for request, n in enumerate(tiles):
-        edges = [tile for r, tile in cuts[1:parts] if r == request and tile > 0]
-        num = len(edges) + 1 if edges else 0
-        if not n or edges:
-            merges.append(Merge(request, next_slot if edges else 0, num))
-        if n:
-            slots = range(next_slot, next_slot + num) if edges else [-1]
-            items += [Item(request, a, b, slot, seqlens[request]) for (a, b), slot in zip(pairwise([0, *edges, n]), slots)]
-        next_slot += num
+        edges = [0, *sorted({tile for r, tile in cuts[1:parts] if r == request and tile > 0}), n]
+        whole, num, seqlen = len(edges) == 2, pieces[request], seqlens[request]
+        if not n:
+            merges.append(Merge(request, 0, 0))
+        elif num > 1:
+            slot, gathers = first_piece[request], whole and 0 < config.gather_tiles <= n // num
+            items += [_run(Item(request, a, b, slot, seqlen), n, num, gathers) for a, b in pairwise(edges)]
+            merges += [] if gathers else [Merge(request, slot, num)]
+        elif whole:
+            items.append(Item(request, 0, n, -1, seqlen))
+        else:
+            num = len(edges) - 1
+            items += [Item(request, a, b, next_slot + i, seqlen) for i, (a, b) in enumerate(pairwise(edges))]
+            merges.append(Merge(request, next_slot, num))
+            next_slot += num
     return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)
 
 
-def _of_fixed_pieces(tiles, seqlens, prefix, first, row_tiles, max_parts, config) -> Schedule:
-    """each request in the pieces that its own length asks for"""
-
-    def cuts_of(parts):
-        return [piece_cut(prefix, first, p, parts, config.item_tiles) for p in range(parts + 1)]
-
-    def longest(parts):
-        return max(end - begin for (_, begin), (_, end) in pairwise(cuts_of(parts)))
-
-    parts = _cheapest(longest, max_parts, first[-1])
-    part_begin = [item for item, _ in cuts_of(parts)] + [first[-1]] * (max_parts - parts)
-    items, merges = [], []
-    for request, n in enumerate(tiles):
-        num = first[request + 1] - first[request]
-        edges = [piece_begin(n, num, i) for i in range(num + 1)] if n else []
-        for i, (a, b) in enumerate(pairwise(edges)):
-            items.append(Item(request, a, b, first[request] + i if num > 1 else -1, seqlens[request]))
-        if num != 1:
-            merges.append(Merge(request, first[request] if num else 0, num))
-    return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)
+def _run(item: Item, tiles: int, pieces: int, gathers: bool) -> Item:
+    """of fixed pieces: `item` with the slot of its first one, and their lengths if they are several"""
+    piece_of = {piece_edge(tiles, pieces, i): i for i in range(pieces + 1)}
+    first, end = piece_of[item.first], piece_of[item.end]
+    packed = pack_pieces(tiles, pieces, first, gathers) if end - first > 1 else 0
+    return replace(item, slot=item.slot + first, pieces=packed)

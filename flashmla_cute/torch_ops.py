@@ -15,11 +15,11 @@ from .kernels.config import DecodeOptions, Fp8AppendConfig, KVFormat, MLAConfig,
 SCHEMAS = {
     "decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
     "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
-    "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
+    "bool causal, bool fixed_pieces, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
     "fp8_decode": "(Tensor q, Tensor pool, Tensor block_table, Tensor items, Tensor parts, Tensor merges, Tensor(a!) out, "
     "Tensor(b!) lse, Tensor(c!) o_split, Tensor(d!) lse_split, float softmax_scale, int num_sms, Tensor? q_rope, Tensor? sink, "
     "Tensor kv_scale, Tensor q_scale, int q_terms, ScalarType base_dtype, "
-    "bool causal, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
+    "bool causal, bool fixed_pieces, int window, float softcap, str out_dtype, bool lse_by_token, bool lse_log2) -> ()",
     "schedule": "(Tensor cache_seqlens, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, int row_tiles, int max_tokens, "
     "int reach, int[] config) -> ()",
     "ragged_schedule": "(Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, "
@@ -35,12 +35,12 @@ def decode_function(
     o_split: torch.Tensor,
     q_rope: torch.Tensor | None,
     sink: torch.Tensor | None,
-    causal: bool,
-    options: DecodeOptions,
+    *how: bool | DecodeOptions,
 ) -> Callable:
-    """the compiled decode for these tensors; what it takes: ops.DecodeOp"""
+    """The compiled decode for these tensors; what it takes: ops.DecodeOp.  how: causal, fixed_pieces (the schedule is
+    batch-invariant), options"""
     kv = checks.format_of("pool", pool, o_split.shape[-1])
-    return compile.get(ops.DecodeOp, _decode_config(kv, q, pool, o_split, q_rope, sink, causal, options))
+    return compile.get(ops.DecodeOp, _decode_config(kv, q, pool, o_split, q_rope, sink, *how))
 
 
 def fp8_decode_function(base_dtype: torch.dtype, q_terms: int, q: torch.Tensor, pool: torch.Tensor, *others) -> Callable:
@@ -51,7 +51,8 @@ def fp8_decode_function(base_dtype: torch.dtype, q_terms: int, q: torch.Tensor, 
     return compile.get(ops.Fp8DecodeOp, heuristics.fp8_config(base, fmt, _name(q.dtype), q_terms))
 
 
-def _decode_config(kv: KVFormat, q, pool, o_split, q_rope, sink, causal, options) -> MLAConfig:
+def _decode_config(kv: KVFormat, q, pool, o_split, q_rope, sink, *how) -> MLAConfig:
+    causal, fixed_pieces, options = how
     num_queries, num_heads = o_split.shape[1:3]
     return heuristics.decode_config(
         kv,
@@ -66,6 +67,7 @@ def _decode_config(kv: KVFormat, q, pool, o_split, q_rope, sink, causal, options
         q_pair=q_rope is not None,
         sink=sink is not None,
         ragged=q.dim() == 3,
+        fixed_pieces=fixed_pieces,
     )
 
 
@@ -74,21 +76,21 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def decode(q: torch.Tensor, pool: torch.Tensor, *others):
-    arguments, (q_rope, sink, causal, *options) = others[:-8], others[-8:]
+    arguments, (q_rope, sink, causal, fixed_pieces, *options) = others[:-9], others[-9:]
     checks.is_hopper("q", q)
     if q.shape[0] > 0:
         o_split = arguments[6]
-        launch = decode_function(q, pool, o_split, q_rope, sink, causal, DecodeOptions(*options))
+        launch = decode_function(q, pool, o_split, q_rope, sink, causal, fixed_pieces, DecodeOptions(*options))
         launch(q, pool, *arguments, q_rope, sink)
 
 
 def fp8_decode(q: torch.Tensor, pool: torch.Tensor, *others):
-    arguments, scales, how, options = others[:-12], others[-10:-8], others[-8:-6], others[-5:]
-    (q_rope, sink), causal = others[-12:-10], others[-6]
+    arguments, scales, how, options = others[:-13], others[-11:-9], others[-9:-7], others[-5:]
+    (q_rope, sink), (causal, fixed_pieces) = others[-13:-11], others[-7:-5]
     checks.is_hopper("q", q)
     if q.shape[0] > 0:
         q_terms, base_dtype = how
-        shared = (arguments[6], q_rope, sink, causal, DecodeOptions(*options))
+        shared = (arguments[6], q_rope, sink, causal, fixed_pieces, DecodeOptions(*options))
         launch = fp8_decode_function(base_dtype, q_terms, q, pool, *shared)
         launch(q, pool, *arguments, q_rope, sink, *scales)
 

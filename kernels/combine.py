@@ -1,6 +1,7 @@
 """Combine: merges the split pieces of a request, and writes out = 0, lse = -inf for requests without tokens.
 
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
+The last piece comes first: its CTA may have all of them and add them up itself, to the same bits (parts/gather.py).
 
 A unit of work is 32 vectors of at most 16 bytes of one (request to merge, query token, head): one vector a lane, 4 pieces in
 flight.  A unit gets 1, 2, 4 or 8 warps of a CTA, as many as the grid has to spare: a few long rows cut into many pieces
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import MLAConfig
-from .parts.softmax import sink_share
+from .parts.softmax import LOG2_E, M_INIT, piece_weight, sink_share
 from .parts.store import store_lse
 from .parts.tiles import out_type, split_type
 from .parts.work import MERGE, MERGE_WARPS
@@ -25,9 +26,7 @@ from .parts.work import MERGE, MERGE_WARPS
 WARPS = MERGE_WARPS  # of a CTA
 VECTOR_BYTES = 16  # of a lane, at most
 IN_FLIGHT = 4  # pieces a lane loads before it uses the first
-LOG2_E = 1.4426950408889634
 CTAS_PER_SM = 4  # all resident at once: the grid is at most this many for each SM
-LEAST = -1e30  # a maximum to start from; finite, so that -inf - LEAST is no NaN
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Combine:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         for base in cutlass.range(cta * per_cta, units, num_ctas * per_cta, unroll=1):
-            self._merge(args, sPart, unit, warp % share, share)
+            self._merge(args, sPart, unit, warp % share, share, most == 1)
             unit = self._locate(args, base + num_ctas * per_cta + warp // share, units)
 
     def _allocate(self):
@@ -121,14 +120,15 @@ class Combine:
         return Unit(exists, args.merges[merge, 0], args.merges[merge, 1], pieces, token, head, index % chunks)
 
     @cute.jit
-    def _merge(self, args: Args, sPart, unit: Unit, rank: Int32, share: Int32):
-        """my pieces are rank, rank + share, ..; the warp of rank 0 adds up its neighbours and stores"""
+    def _merge(self, args: Args, sPart, unit: Unit, rank: Int32, share: Int32, fixed: Boolean):
+        """My pieces are rank, rank + share, ..; the warp of rank 0 adds up its neighbours and stores.  fixed: the pieces are,
+        and with them the order of every sum."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         column = unit.chunk * 32 + lane  # in vectors
         rO = cute.make_rmem_tensor(self.vector, Float32)
         rO.fill(0.0)
         rPiece, rWeight = self._load(args, unit, column, rank, share)  # in flight while the weights are summed
-        scale, lse = self._row_lse(args, unit)
+        scale, lse = self._row_lse(args, unit, fixed)
         self._add(rO, rPiece, rWeight, scale)
         for base in cutlass.range(rank + share * IN_FLIGHT, unit.pieces, share * IN_FLIGHT, unroll=1):
             rPiece, rWeight = self._load(args, unit, column, base, share)
@@ -168,7 +168,7 @@ class Combine:
         for i in cutlass.range_constexpr(IN_FLIGHT):
             piece = base + share * i
             if piece < unit.pieces:
-                slot = unit.first_slot + piece
+                slot = unit.first_slot + (piece if piece > 0 else unit.pieces) - 1  # the last one first
                 gPiece = args.o_split[slot, unit.token, unit.head, None]
                 cute.autovec_copy(cute.local_tile(gPiece, (self.vector,), (column,)), rPiece[None, i])
                 rWeight[i] = args.lse_split[slot, unit.token, unit.head]
@@ -177,27 +177,47 @@ class Combine:
     @cute.jit
     def _add(self, rO, rPiece, rWeight, scale: Float32):
         for i in cutlass.range_constexpr(IN_FLIGHT):
-            weight = cute.math.exp2(rWeight[i] * LOG2_E - scale, fastmath=True)
+            weight = piece_weight(rWeight[i], scale)
             for j in cutlass.range_constexpr(self.vector):
-                rO[j] = rO[j] + weight * rPiece[j, i].to(Float32)
+                rO[j] = cute.math.fma(weight, rPiece[j, i].to(Float32), rO[j])
 
     @cute.jit
-    def _row_lse(self, args: Args, unit: Unit):
+    def _row_lse(self, args: Args, unit: Unit, fixed: Boolean):
         """log2 of the row's whole weight: what a piece's exp2 is scaled by (0 without keys) and lse; every warp for itself"""
-        lane = cute.arch.lane_idx()
-        most, total = Float32(LEAST), Float32(0.0)
-        for piece in cutlass.range(lane, unit.pieces, 32, unroll=1):
+        most, total = Float32(0.0), Float32(0.0)
+        if fixed:
+            most, total = self._sum_in_order(args, unit)
+        else:
+            most, total = self._sum(args, unit)
+        scale, lse = Float32(0.0), -Float32.inf  # no key at all: weights exp2(-inf) = 0
+        if total > 0.0:
+            scale = most + cute.math.log2(total, fastmath=True)
+            lse = scale
+        return scale, lse
+
+    @cute.jit
+    def _sum(self, args: Args, unit: Unit):
+        """log2 of the largest weight of a piece, and all in terms of it"""
+        most, total = Float32(M_INIT), Float32(0.0)
+        for piece in cutlass.range(cute.arch.lane_idx(), unit.pieces, 32, unroll=1):
             weight = args.lse_split[unit.first_slot + piece, unit.token, unit.head] * LOG2_E
             above = cute.arch.fmax(most, weight)
             total = total * cute.math.exp2(most - above, fastmath=True) + cute.math.exp2(weight - above, fastmath=True)
             most = above
         above = cute.arch.warp_reduction_max(most)
-        total = cute.arch.warp_reduction_sum(total * cute.math.exp2(most - above, fastmath=True))
-        scale, lse = Float32(0.0), -Float32.inf  # no key at all: weights exp2(-inf) = 0
-        if total > 0.0:
-            scale = above + cute.math.log2(total, fastmath=True)
-            lse = scale
-        return scale, lse
+        return above, cute.arch.warp_reduction_sum(total * cute.math.exp2(most - above, fastmath=True))
+
+    @cute.jit
+    def _sum_in_order(self, args: Args, unit: Unit):
+        """the same as gathered_lse in parts/gather.py adds up; a piece a lane"""
+        lane, lse, total = cute.arch.lane_idx(), -Float32.inf, Float32(0.0)
+        if lane < unit.pieces:
+            lse = args.lse_split[unit.first_slot + lane, unit.token, unit.head]
+        most = cute.arch.fmax(cute.arch.warp_reduction_max(lse), M_INIT) * LOG2_E
+        share = piece_weight(lse, most)
+        for piece in cutlass.range(unit.pieces, unroll=1):
+            total = total + cute.arch.shuffle_sync(share, piece)
+        return most, total
 
 
 def fake_merges():

@@ -7,7 +7,8 @@ BLOCK_BYTES = 128  # width of a swizzled column block of shared memory
 RING_BYTES = 3 * 64 * 1024  # of shared memory for KV tiles and q in flight
 PAGE_STEP, MAX_PAGE = 8, 1024  # tokens: a row group of the swizzle; what the tests cover
 SMEM_LIMIT = 232448  # bytes a CTA may have on sm_90; the DSL does not check it at compile time
-MAX_PIECES, MAX_PIECE_GAIN, MAX_ROW_TILES = 32, 32, 32768  # within these, the maths of fixed pieces fits 32 bits
+MAX_PIECES, MAX_PIECE_GAIN, MAX_ROW_TILES = 32, 256, 32768  # within these, the maths of fixed pieces fits 32 bits
+MANY_TILES = 1 << 22  # of which a request has the pieces of so many
 LAUNCH_REGISTERS = 168  # ptxas gives 384 threads this many each; setmaxnreg only moves them between warpgroups
 
 
@@ -71,6 +72,7 @@ class MLAConfig:
     q_pair: bool = False  # the rope columns of q are a tensor of their own
     sink: bool = False  # a logit per head joins the softmax's sum, without a value
     ragged: bool = False  # requests of different query counts, their tokens one after the other in q, out and lse
+    fixed_pieces: bool = False  # an item may be several pieces of a request, each with a result of its own (batch invariance)
 
     head_tile: int = 0  # heads of one token that are neighbours in a row tile; 0: rows are one strided axis (parts/rows.py)
     split: str = "float16"  # element type of partial results: half the bytes of float32, -18 % at batch 1; clamps at 65504
@@ -90,6 +92,11 @@ class MLAConfig:
     @property
     def ring_slots(self) -> int:
         return self.stages or RING_BYTES // (TILE * self.kv.latent * self.kv.itemsize)
+
+    @property
+    def gathers(self) -> bool:
+        """the last piece of a request adds up the others, which come back through the ring"""
+        return self.fixed_pieces and self.split == "float16"
 
     @property
     def box_tokens(self) -> int:
@@ -116,7 +123,13 @@ class MLAConfig:
 
     @property
     def _flags(self) -> dict[str, bool]:
-        return {"pair": self.q_pair, "sink": self.sink, "ragged": self.ragged, "lanes": self.lane_arrivals}
+        return {
+            "pair": self.q_pair,
+            "sink": self.sink,
+            "ragged": self.ragged,
+            "pieces": self.fixed_pieces,
+            "lanes": self.lane_arrivals,
+        }
 
     def check(self):
         """Raises ValueError, naming the field, for a configuration that this kernel cannot run."""
@@ -243,6 +256,7 @@ class ScheduleConfig:
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
     piece_tiles: int = 48  # or as many of this length as it holds, if that is more
+    gather_tiles: int = 0  # a CTA that has all of a request's pieces adds them up if each has so many tiles; 0: never
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
@@ -251,6 +265,7 @@ class ScheduleConfig:
             ("max_pieces", 0, MAX_PIECES),
             ("piece_gain", 1, MAX_PIECE_GAIN),
             ("piece_tiles", 1, 1 << 25),
+            ("gather_tiles", 0, 1 << 25),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
@@ -258,7 +273,7 @@ class ScheduleConfig:
 
     @property
     def name(self) -> str:
-        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}_{self.piece_tiles}" if self.max_pieces else ""
+        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}_{self.piece_tiles}_{self.gather_tiles}" if self.max_pieces else ""
         return f"schedule_{self.item_tiles}_{self.tile_cost}{fixed}"
 
 

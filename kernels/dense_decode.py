@@ -46,19 +46,20 @@ Steady state; tile c's scores are in SCORE's registers when its round starts, no
   V5 warp 8 wait slot_empty (both halves), request the slot's next content (q or a tile, three slots ahead)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Constexpr, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, MLAConfig
 from .parts.handover import publish, store_fragment, store_row_values
-from .parts.loads import TmaOperand, cache_load, cache_operand, query_load, query_operand
+from .parts.loads import NoLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
+from .parts.pieces import FixedPieces, Piece
 from .parts.ptx import opaque, uniform
 from .parts.requests import Feed, Refill
 from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
@@ -97,6 +98,7 @@ class Args:
     q: TmaOperand  # columns 0..511, (head, query token, 64, 8, request)
     q_last: TmaOperand  # columns 448..511, (head, query token, 64, 1, request)
     q_rope: TmaOperand | None  # columns 512..575, likewise
+    piece: TmaOperand | None  # o of pieces, as q has it, (head, query token, 64, 8, slot); None: nothing is gathered
     latent: TmaOperand  # (token, 64, 8, kv head, page)
     rope: TmaOperand | None  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
@@ -113,12 +115,14 @@ class Args:
 class Smem:
     ring: cute.Tensor  # (row, 512, stage)
     q_ring: cute.Tensor  # the same memory as a q slot has it
+    piece_ring: cute.Tensor  # and as a slot with the o of a piece has it
     q_last: cute.Tensor  # (row, 64, 1)
     q_rope: cute.Tensor  # (row, 64, 1)
     rope: cute.Tensor  # (token, 64, 1)
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
-    inv_sum: cute.Tensor  # (row, item parity)
+    inv_sum: cute.Tensor  # (row, item parity); pieces of an item share one: they have two tiles or more
+    gathered: cute.Tensor | None  # (row, 2): lse to base 2 of all pieces, share of the last
     item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
 
@@ -178,6 +182,7 @@ def allocate(config):
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
         inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
+        gathered: cute.struct.MemRange[Float32, 2 * TILE if config.gathers else 0]
         item: cute.struct.MemRange[Int32, record_slots(config.ring_slots) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
@@ -186,17 +191,20 @@ def allocate(config):
     ring = f"{config.ring_slots} slots * {TILE} rows * {latent} columns * {config.kv.itemsize}"
     assert size <= SMEM_LIMIT, f"{config.name}: {size} bytes of shared memory, {ring} of them the ring; {SMEM_LIMIT} allowed"
     storage = SmemAllocator().allocate(Storage)
-    view = lambda field, *shape, **by: (lambda s: field.get_tensor(s.outer, swizzle=s.inner))(swizzled(dtype, *shape, **by))
+    typed = lambda field, t, *shape, **by: (lambda s: field.get_tensor(s.outer, s.inner, t))(swizzled(t, *shape, **by))
+    view = lambda field, *shape, **by: typed(field, dtype, *shape, **by)
     plain = lambda field, *shape: field.get_tensor(cute.make_layout(shape))
     smem = Smem(
         ring=view(storage.ring, TILE, latent, config.ring_slots, by_rows=config.box_tokens < TILE),
         q_ring=view(storage.ring, TILE, latent, config.ring_slots),
+        piece_ring=typed(storage.ring, Float16, TILE, latent, config.ring_slots),
         q_last=view(storage.q_last, TILE, BLOCK, 1),
         q_rope=view(storage.q_rope, TILE, BLOCK, 1),
         rope=view(storage.rope, TILE, BLOCK, 1),
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
+        gathered=plain(storage.gathered, TILE, 2) if config.gathers else None,
         item=plain(storage.item, RECORD, record_slots(config.ring_slots)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
     )
@@ -266,6 +274,7 @@ class DenseDecode:
             q=query_operand(config, q, 0, BLOCK, blocks),
             q_last=query_operand(config, q, latent - BLOCK, BLOCK, 1),
             q_rope=query_operand(config, rope_of, rope_column, rope, 1, step=BLOCK) if rope else None,
+            piece=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks) if config.gathers else None,
             latent=cache_operand(config, cache, 0, BLOCK, blocks),
             rope=cache_operand(config, cache, latent, rope, 1, step=BLOCK) if rope else None,
             block_table=block_table,
@@ -293,7 +302,7 @@ class DenseDecode:
         smem, bars = allocate(self.config)
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for operand in (args.q, args.q_last, args.q_rope, args.latent, args.rope):
+            for operand in (args.q, args.q_last, args.q_rope, args.piece, args.latent, args.rope):
                 if const_expr(operand is not None):
                     cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
@@ -318,15 +327,21 @@ class DenseDecode:
                 else:
                     self.value(1, args, smem, bars, work, rows)
 
+    def _pieces(self, args, smem, bars):
+        ring = smem.piece_ring, bars.slot_full, bars.slot_empty
+        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
+
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
         config = self.config
         x, softmax = ScoreTiles.make(config, smem), OnlineSoftmax.make(args.scale_log2, config.lazy_rescale)
+        pieces = self._pieces(args, smem, bars)
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
             item, item_rows = read_item(config, args.result, record_of(smem.item, it), rows)
+            piece = Piece.first_of(item)
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
             mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
@@ -345,6 +360,7 @@ class DenseDecode:
                 self._pin_softmax(softmax, smem)
                 self._open_qk(x, bars, pos)  # S2
                 self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
+                piece = pieces.end(softmax, it, item, item_rows, piece, tile)
                 publish(bars.p_full, config.lane_arrivals)
                 self._close_qk(x, bars, pos, parity ^ 1)  # S4
                 self._await_qk(bars, True)  # S5
@@ -357,10 +373,12 @@ class DenseDecode:
             join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
             self._store_p(x.rP, softmax.rescale, smem, bars, parity)
             store_row_values(inv_sum, smem.inv_sum[None, it & 1])
+            pieces.gather_lse(softmax, item, item_rows, piece)
             publish(bars.p_full, config.lane_arrivals)
             arrive(bars.pv_go, config.lane_arrivals)
             parity ^= 1
-            store_item_lse(config, softmax, args.result, item, item_rows)
+            store_item_lse(config, softmax, args.result, replace(item, slot=piece.slot), item_rows)
+            pos = pieces.skip(item, pos)
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
@@ -396,6 +414,8 @@ class DenseDecode:
         """S4, in two commit groups: the end of the first one is the cue for p v"""
         ss = cute.make_mma_atom(mma_qk(self.config, SMEM))
         ss.set(warpgroup.Field.ACCUMULATE, True)
+        if const_expr(self.rope_steps == 0):  # (only lest SCORE run ahead of rope_empty)
+            cute.arch.mbarrier_wait(bars.rope_full, rope_parity)
         warpgroup.fence()
         self._register_steps(x, pos.stage, self.open_steps, self.group_a)
         warpgroup.commit_group()
@@ -448,6 +468,7 @@ class DenseDecode:
         warp_idx = uniform(cute.arch.warp_idx())
         row = fragment_row(thread_in_warpgroup())
         loads, cursor = self._value_loads(half, args, smem, bars, work, rows), None
+        pieces = self._pieces(args, smem, bars)
         if const_expr(half == 0):
             cursor = loads.start()
             if warp_idx == FEED_WARP:
@@ -466,6 +487,7 @@ class DenseDecode:
             rO.fill(0.0)
             cute.arch.mbarrier_wait(bars.p_full, parity)  # the item's record has landed too
             item, item_rows = read_item(config, args.result, record_of(smem.item, it), rows)
+            piece = Piece.first_of(item)
             for tile in cutlass.range(item.first, item.end, unroll=1):
                 cute.arch.mbarrier_wait(bars.p_full, parity)  # V1
                 rescale_rows(rO, smem.rescale[row], smem.rescale[row + 8])
@@ -485,26 +507,32 @@ class DenseDecode:
                         cursor = loads.wait_and_request(cursor, pos)
                 pos = pos.next(config.ring_slots)
                 parity ^= 1
+                piece = pieces.store(half, rO, it, item, item_rows, piece, tile)
+            ring = dict(loads=loads, cursor=cursor, pos=pos, refills=warp_idx == REFILL_WARP)
+            cursor, pos = pieces.gather(half, rO, mma, it, item, item_rows, piece, **ring)
             if const_expr(half == 1):  # V5, the next item's q slot
                 if warp_idx == REFILL_WARP:
                     if it + 1 < work.count:
                         cursor = loads.wait_and_request(cursor, pos)
             pos = pos.next(config.ring_slots)
-            inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
-            store_item_o(config, half, rO, inv_sum, args.result, item, item_rows)
+            slot, inv_sum = pieces.last(it, item, item_rows, piece, row)
+            store_item_o(config, half, rO, inv_sum, args.result, replace(item, slot=slot), item_rows)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
         config = self.config
         if half == 0:
-            q_last, rope, q_rope = query_load(config, args.q_last, rows, smem.q_last, bars.q_tail_full), None, None
+            q_last, q_rope = query_load(config, args.q_last, rows, smem.q_last, bars.q_tail_full), None
+            rope = NoLoad(bars.rope_full, config.lane_arrivals)
             if config.kv.rope:
                 rope = cache_load(config, args.rope, rows, smem.rope, bars.rope_full)
                 q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
-        q = query_load(config, args.q, rows, smem.q_ring, bars.slot_full)
+        q, piece = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
+        if config.gathers:
+            piece = query_load(replace(config, ragged=False), args.piece, rows, smem.piece_ring, bars.slot_full)
         latent = cache_load(config, args.latent, rows, smem.ring, bars.slot_full)
-        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty)
+        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, piece=piece)
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

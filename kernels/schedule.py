@@ -11,20 +11,30 @@ threads, a barrier between them (parts/spans.py has the maths of a cut):
 A split piece has a slot for its partial result, those of a request one after the other: one slot for each cut inside a
 request, and one for each request that has such cuts.
 
-With config.max_pieces, results are batch-invariant: every request is cut into the pieces that its length alone asks for, each
-is an item and has the slot of its own number, and step 2 only balances whole pieces over the parts.  The merge then keeps to
-one order.
+With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for, each with the
+slot of its own number.  Cuts move to their edges, an item is a run of pieces, and the merge keeps to one order.  A request that
+is not cut is merged by the CTA that has it (config.gather_tiles), one that is cut by kernels/combine.py.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
-from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, num_pieces, piece_begin, piece_cut, upper_bound
+from .parts.spans import (
+    NUM_CANDIDATES,
+    candidate,
+    cut,
+    load_of,
+    num_pieces,
+    pack_pieces,
+    piece_at,
+    piece_cut,
+    upper_bound,
+)
 from .parts.work import BEGIN, COUNT, MERGE, MERGE_WARPS, PART, RECORD
 
 
@@ -46,6 +56,7 @@ class Args:
 class Smem:
     prefix: cute.Tensor  # (request + 1,) cost before the request
     items: cute.Tensor  # (request + 1,) items before it, not counting those that begin at a cut
+    pieces: cute.Tensor | None  # (request + 1,) fixed pieces before it
     cut_request: cute.Tensor  # (part + 1,)
     cut_tile: cute.Tensor  # (part + 1,)
     inside: cute.Tensor  # (part + 1,) cuts inside a request before it
@@ -101,6 +112,7 @@ class BuildSchedule:
         class Storage:
             prefix: cute.struct.MemRange[Int32, config.max_batch + 1]
             items: cute.struct.MemRange[Int32, config.max_batch + 1]
+            pieces: cute.struct.MemRange[Int32, config.max_batch + 1 if config.max_pieces else 0]
             cut_request: cute.struct.MemRange[Int32, num_cuts]
             cut_tile: cute.struct.MemRange[Int32, num_cuts]
             inside: cute.struct.MemRange[Int32, num_cuts]
@@ -114,6 +126,7 @@ class BuildSchedule:
         return Smem(
             view(storage.prefix, config.max_batch + 1),
             view(storage.items, config.max_batch + 1),
+            view(storage.pieces, config.max_batch + 1) if config.max_pieces else None,
             view(storage.cut_request, num_cuts),
             view(storage.cut_tile, num_cuts),
             view(storage.inside, num_cuts),
@@ -166,27 +179,34 @@ class BuildSchedule:
     def _num_pieces(self, args: Args, tiles: Int32):
         """before the cuts"""
         config = self.config
-        return num_pieces(tiles, args.row_tiles, max(config.max_pieces, 1), config.piece_gain, config.piece_tiles)
+        return num_pieces(tiles, args.row_tiles, config.max_pieces, config.piece_gain, config.piece_tiles)
 
     @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):
         """1"""
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
-        cost, items = Int32(0), Int32(0)
+        cost, items, pieces = Int32(0), Int32(0), Int32(0)
         if tid == 0:
             smem.prefix[0] = 0
             smem.items[0] = 0
+            if const_expr(self.config.max_pieces > 0):
+                smem.pieces[0] = 0
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             tiles = self._num_tiles(args, base + tid)
-            pieces = self._num_pieces(args, tiles)
-            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles * pieces)
-            count, item_sum = self._scan(smem, pieces)
+            item = Int32(1) if tiles > 0 else Int32(0)
+            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles * item)
+            count, item_sum = self._scan(smem, item)
             if base + tid < batch:
                 smem.prefix[base + tid + 1] = cost + weight
                 smem.items[base + tid + 1] = items + count
             cost += cost_sum
             items += item_sum
+            if const_expr(self.config.max_pieces > 0):
+                count, piece_sum = self._scan(smem, self._num_pieces(args, tiles))
+                if base + tid < batch:
+                    smem.pieces[base + tid + 1] = pieces + count
+                pieces += piece_sum
         cute.arch.sync_threads()
 
     @cute.jit
@@ -196,8 +216,6 @@ class BuildSchedule:
         lane, warp = tid % 32, tid // 32
         batch, max_parts = args.cache_seqlens.shape[0], args.parts.shape[0]
         most = smem.prefix[batch] - self.config.item_tiles
-        if const_expr(self.config.max_pieces > 0):
-            most = smem.items[batch]
         parts = candidate(warp, max_parts, most)
         longest, pieces = Int32(0), Int32(0)
         for p in cutlass.range(lane, parts, 32, unroll=1):
@@ -214,21 +232,27 @@ class BuildSchedule:
         best = cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
         return candidate(best, max_parts, most)
 
+    def _cut(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
+        """(request, tile) of cut p"""
+        if self.config.max_pieces:
+            return piece_cut(smem.prefix, smem.pieces, batch, p, parts, self.config.item_tiles)
+        return cut(smem.prefix, batch, p, parts, self.config.item_tiles)
+
     @cute.jit
     def _part_cost(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
         """tiles of part p, and what it adds to the number of split pieces"""
-        item_tiles, load, pieces = self.config.item_tiles, Int32(0), Int32(0)
-        if const_expr(self.config.max_pieces > 0):  # (however many parts: the pieces are the same)
-            _, begin = piece_cut(smem.prefix, smem.items, batch, p, parts, item_tiles)
-            _, end = piece_cut(smem.prefix, smem.items, batch, p + 1, parts, item_tiles)
-            load = end - begin
+        pieces = Int32(0)
+        request, tile = self._cut(smem, batch, p, parts)
+        next_request, next_tile = self._cut(smem, batch, p + 1, parts)
+        load = load_of(smem.prefix, request, tile, next_request, next_tile, self.config.item_tiles)
+        first = (next_tile > 0) & ((next_request != request) | (tile == 0))
+        if const_expr(self.config.max_pieces > 0):  # a cut makes all of a request's pieces partial results
+            if first:
+                pieces = smem.pieces[next_request + 1] - smem.pieces[next_request]
         else:
-            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
-            next_request, next_tile = cut(smem.prefix, batch, p + 1, parts, item_tiles)
-            load = load_of(smem.prefix, request, tile, next_request, next_tile, item_tiles)
             if tile > 0:
                 pieces += 1  # begins at a cut
-            if (next_tile > 0) & ((next_request != request) | (tile == 0)):
+            if first:
                 pieces += 1  # a request's first piece ends at the next cut
         return load, pieces
 
@@ -236,47 +260,29 @@ class BuildSchedule:
     def _cuts(self, args: Args, smem: Smem, parts: Int32):
         """3"""
         p, _, _ = cute.arch.thread_idx()
-        batch, item_tiles = args.cache_seqlens.shape[0], self.config.item_tiles
-        if const_expr(self.config.max_pieces > 0):
-            smem.begin[p], _ = piece_cut(smem.prefix, smem.items, batch, p, parts, item_tiles)
-        else:
-            request, tile = cut(smem.prefix, batch, p, parts, item_tiles)
-            smem.cut_request[p] = request
-            smem.cut_tile[p] = tile
-            cute.arch.sync_threads()
-            inside, first = Int32(0), Int32(0)
-            if tile > 0:
-                inside, first = Int32(1), Int32(1)
-                if (smem.cut_request[p - 1] == request) & (smem.cut_tile[p - 1] > 0):
+        batch = args.cache_seqlens.shape[0]
+        request, tile = self._cut(smem, batch, p, parts)
+        smem.cut_request[p] = request
+        smem.cut_tile[p] = tile
+        cute.arch.sync_threads()
+        inside, first = Int32(0), Int32(0)
+        if tile > 0:
+            inside, first = Int32(1), Int32(1)
+            if smem.cut_request[p - 1] == request:
+                if smem.cut_tile[p - 1] > 0:
                     first = Int32(0)
-            sums, _ = self._scan(smem, inside + first * (1 << 16))
-            through, split = sums & 0xFFFF, sums >> 16
-            smem.inside[p] = through - inside
-            smem.slot[p] = through - inside + split
-            smem.begin[p] = smem.items[request] + through
+                if smem.cut_tile[p - 1] == tile:  # (fixed pieces: several cuts may have moved to one edge)
+                    inside = Int32(0)
+        sums, _ = self._scan(smem, inside + first * (1 << 16))
+        through, split = sums & 0xFFFF, sums >> 16
+        smem.inside[p] = through - inside
+        smem.slot[p] = through - inside + split
+        smem.begin[p] = smem.items[request] + through
         cute.arch.sync_threads()
 
     @cute.jit
     def _items(self, args: Args, smem: Smem, parts: Int32):
         """4"""
-        if const_expr(self.config.max_pieces > 0):
-            self._fixed_items(args, smem)
-        else:
-            self._cut_items(args, smem, parts)
-
-    @cute.jit
-    def _fixed_items(self, args: Args, smem: Smem):
-        tid, _, _ = cute.arch.thread_idx()
-        batch = args.cache_seqlens.shape[0]
-        for item in cutlass.range(tid, smem.items[batch], self.config.num_threads, unroll=1):
-            request = upper_bound(smem.items, batch, item) - 1
-            tiles, piece = self._num_tiles(args, request), item - smem.items[request]
-            pieces = smem.items[request + 1] - smem.items[request]
-            begin, end = piece_begin(tiles, pieces, piece), piece_begin(tiles, pieces, piece + 1)
-            self._write(args, item, (request, begin, end, item if pieces > 1 else Int32(-1)))
-
-    @cute.jit
-    def _cut_items(self, args: Args, smem: Smem, parts: Int32):
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
         for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
@@ -285,13 +291,18 @@ class BuildSchedule:
                 p = self._first_cut_after(smem, request, parts)
                 is_split = smem.cut_request[p] == request
                 end, slot = smem.cut_tile[p] if is_split else tiles, smem.slot[p] - 1 if is_split else Int32(-1)
-                self._write(args, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
+                self._write(args, smem, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
         if (tid > 0) & (tid < parts):
             request, tile = smem.cut_request[tid], smem.cut_tile[tid]
-            if tile > 0:
-                ends_inside = smem.cut_request[tid + 1] == request
-                end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
-                self._write(args, smem.items[request] + smem.inside[tid] + 1, (request, tile, end, smem.slot[tid]))
+            same = (smem.cut_request[tid - 1] == request) & (smem.cut_tile[tid - 1] == tile)
+            if (tile > 0) & ~same:
+                p = tid + 1
+                if const_expr(self.config.max_pieces > 0):
+                    while (smem.cut_request[p] == request) & (smem.cut_tile[p] == tile):
+                        p += 1
+                ends_inside = smem.cut_request[p] == request
+                end = smem.cut_tile[p] if ends_inside else self._num_tiles(args, request)
+                self._write(args, smem, smem.items[request] + smem.inside[tid] + 1, (request, tile, end, smem.slot[tid]))
 
     @cute.jit
     def _parts(self, args: Args, smem: Smem):
@@ -315,13 +326,33 @@ class BuildSchedule:
         return p
 
     @cute.jit
-    def _write(self, args: Args, item: Int32, record):
+    def _write(self, args: Args, smem: Smem, item: Int32, record):
         request, first, end, slot = record
+        pieces = Int32(0)
+        if const_expr(self.config.max_pieces > 0):
+            slot, pieces = self._run(args, smem, request, first, end)
         length = self._length(args, request)
         unseen = self._first_tile(args, length)
         queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
-        for i, value in enumerate((request, first + unseen, end + unseen, slot, length, *queries, Int32(0))):
+        for i, value in enumerate((request, first + unseen, end + unseen, slot, length, *queries, pieces)):
             args.items[item, i] = value
+
+    @cute.jit
+    def _run(self, args: Args, smem: Smem, request: Int32, first: Int32, end: Int32):
+        """slot of the first of the fixed pieces in tiles first .. end - 1, and their lengths if they are several"""
+        slot, packed = Int32(-1), Int32(0)
+        tiles, pieces = self._num_tiles(args, request), smem.pieces[request + 1] - smem.pieces[request]
+        if pieces > 1:
+            begin = piece_at(tiles, pieces, first)
+            slot = smem.pieces[request] + begin
+            if piece_at(tiles, pieces, end) - begin > 1:
+                packed = pack_pieces(tiles, pieces, begin)
+                if self._gathers(tiles, pieces) & (end - first == tiles):
+                    packed = -packed
+        return slot, packed
+
+    def _gathers(self, tiles: Int32, pieces: Int32):
+        return Boolean(False) if self.config.gather_tiles == 0 else tiles // pieces >= self.config.gather_tiles
 
     @cute.jit
     def _merges(self, args: Args, smem: Smem, parts: Int32):
@@ -331,7 +362,7 @@ class BuildSchedule:
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             request, pieces, first_slot = base + tid, Int32(1), Int32(0)
             if request < batch:
-                pieces, first_slot = self._pieces(smem, request, parts)
+                pieces, first_slot = self._pieces(args, smem, request, parts)
             wanted = Int32(1) if pieces != 1 else Int32(0)
             index, num = self._scan(smem, wanted)
             if wanted > 0:
@@ -346,15 +377,18 @@ class BuildSchedule:
             args.merges[0, 1] = 1 if const_expr(self.config.max_pieces > 0) else MERGE_WARPS
 
     @cute.jit
-    def _pieces(self, smem: Smem, request: Int32, parts: Int32):
-        """how many, 0 without tokens, and the slot of the first if they are several"""
+    def _pieces(self, args: Args, smem: Smem, request: Int32, parts: Int32):
+        """how many for the merge, 0 without tokens, and the slot of the first if they are several"""
         first_slot, pieces = Int32(0), smem.items[request + 1] - smem.items[request]
         if pieces > 0:
-            first_slot = smem.items[request]
-            if const_expr(self.config.max_pieces == 0):
-                p = self._first_cut_after(smem, request, parts)
-                if smem.cut_request[p] == request:
-                    first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
+            p = self._first_cut_after(smem, request, parts)
+            is_split = smem.cut_request[p] == request
+            if const_expr(self.config.max_pieces > 0):
+                first_slot, fixed = smem.pieces[request], smem.pieces[request + 1] - smem.pieces[request]
+                if is_split | ~self._gathers(self._num_tiles(args, request), fixed):
+                    pieces = fixed
+            elif is_split:
+                first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
         return pieces, first_slot
 
 

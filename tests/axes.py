@@ -112,8 +112,13 @@ class Drawn:
     @classmethod
     def of_seed(cls, seed: int, index: int, kernels: int, **fixed) -> "Drawn":
         """problem `index` of a run with `kernels` values of what is COMPILED"""
-        compiled = cls.draw(random.Random(f"{seed} kernel {index % kernels}")).values
-        return cls.draw(random.Random(f"{seed} {index}"), **{name: compiled[name] for name in COMPILED}, **fixed)
+        return cls.draw(random.Random(f"{seed} {index}"), **cls.compiled(seed, index % kernels), **fixed)
+
+    @classmethod
+    def compiled(cls, seed: int, kernel: int) -> dict:
+        """values of what is COMPILED"""
+        values = cls.draw(random.Random(f"{seed} kernel {kernel}")).values
+        return {name: values[name] for name in COMPILED}
 
     def __str__(self):
         return f"Drawn({self.values}).run()"

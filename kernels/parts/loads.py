@@ -10,6 +10,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..config import TILE
 from .ptx import lane_value
+from .sync import arrive
 from .tiles import BLOCK, row_boxes, swizzled
 
 EVICT_FIRST = 0x12F0000000000000  # an L2 cache policy
@@ -93,6 +94,19 @@ class TmaLoad:
         hint = None if const_expr(self.hint is None) else Int64(self.hint)
         src, dst = self.src[None, src_box, part, index], self.dst[None, dst_box, slot]
         cute.copy(self.atom, src, dst, tma_bar_ptr=self.full + slot, cache_policy=hint)
+
+
+@dataclass(frozen=True)
+class NoLoad:
+    """signals a slot of no bytes"""
+
+    full: cute.Pointer  # mbarrier [slot]
+    every_lane: Constexpr[bool]
+
+    def start_tile(self, span: "PageSpan", tile: Int32, slot: Int32):
+        arrive(self.full + slot, self.every_lane)
+        if self.every_lane:
+            arrive(self.full + slot, False)
 
 
 @dataclass(frozen=True)

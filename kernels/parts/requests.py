@@ -11,12 +11,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, const_expr
 
-from .loads import PageSpan, PairLoad, TmaLoad, tiles_per_load
+from .loads import NoLoad, PageSpan, PairLoad, TmaLoad, tiles_per_load
 from .ptx import lane_value, uniform
 from .sync import RingPos
-from .work import RECORD, Work, WorkItem, record_of
+from .work import PIECES, RECORD, Work, WorkItem, num_gathered, record_of
 
-BATCH, FIRST, END, SEQLEN = ([f.name for f in fields(WorkItem)].index(name) for name in ("batch", "first", "end", "seqlen"))
+BATCH, FIRST, END, SLOT, SEQLEN = range(5)
+assert [f.name for f in fields(WorkItem)][:5] == ["batch", "first", "end", "slot", "seqlen"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Refill:
-    """ring slots: q of an item in one or more parts, then its tiles; the item's record rides along in smem"""
+    """ring slots: q of an item in one or more parts, its tiles, then o of its other pieces if the last one gathers them; its
+    record rides along in smem"""
 
     q: TmaLoad | PairLoad
     latent: TmaLoad | PairLoad
@@ -47,6 +49,7 @@ class Refill:
     sItem: cute.Tensor  # (RECORD, record slot)
     slot_empty: cute.Pointer
     q_parts: Constexpr[int] = 1
+    piece: TmaLoad | None = None  # o of a piece, by its slot; None: nothing is gathered
 
     def start(self):
         zero = Int32(0)
@@ -77,13 +80,30 @@ class Refill:
                     if it + 1 < self.work.total:
                         record = self.work.records[it + 1, lane % RECORD]
             else:
-                self.latent.start_tile(PageSpan.around(self.page, pages, first, tile), tile, stage)
+                span = PageSpan.around(self.page, pages, first, tile)
+                if const_expr(self.piece is None):
+                    self.latent.start_tile(span, tile, stage)
+                    ends = tile + 1 == end
+                else:
+                    ends = self._start_tile_or_piece(span, it - skipped, first, tile, end, stage)
                 tile += 1
-                if tile == end:
+                if ends:
                     it, q_part = it + 1, Int32(0)
                 elif (tile - first) % tiles_per_load(self.page) == 0:
                     pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
         return Cursor(it, skipped, q_part, batch, first, tile, end, seqlen, record, pages)
+
+    @cute.jit
+    def _start_tile_or_piece(self, span: PageSpan, it: Int32, first: Int32, tile: Int32, end: Int32, stage: Int32):
+        """tiles from `end` on are pieces; returns whether it was the last of the item"""
+        sRecord, last = record_of(self.sItem, it), end
+        if tile < end:
+            self.latent.start_tile(span, tile, stage)
+        else:
+            self.piece.start(uniform(sRecord[SLOT]) + tile - end, stage)
+        if tile + 1 >= end:
+            last = end + num_gathered(uniform(sRecord[PIECES]), end - first)
+        return tile + 1 == last
 
     @cute.jit
     def wait_and_request(self, c: Cursor, pos: RingPos):
@@ -110,7 +130,7 @@ class RopeCursor:
 class Feed:
     """rope of each tile; with an item's first tile, the columns of its q that do not fit into registers"""
 
-    rope: TmaLoad | None  # None: no rope
+    rope: TmaLoad | NoLoad  # without rope SCORE must not run ahead either: `rope_empty` has two phases
     q_last: TmaLoad
     q_rope: TmaLoad | None
     page: Constexpr[int]
@@ -139,8 +159,7 @@ class Feed:
                 self.q_last.start(query, 0)
                 if const_expr(self.q_rope is not None):
                     self.q_rope.start(query, 0)
-            if const_expr(self.rope is not None):
-                self.rope.start_tile(PageSpan.around(self.page, pages, first, tile), tile, 0)
+            self.rope.start_tile(PageSpan.around(self.page, pages, first, tile), tile, 0)
             tile += 1
             if tile == end:
                 opened = self._open_item(it + 1, record)

@@ -22,7 +22,7 @@ class Outputs:
 
 def read_item(config, result: Outputs, sRecord, rows):
     """the item, and its rows: no more query tokens than q and the row tiles have"""
-    item = WorkItem.read(sRecord, config.ragged)
+    item = WorkItem.read(sRecord, config.ragged, config.fixed_pieces)
     if config.ragged:
         rows = replace(rows, s_q=cutlass.min(item.num_queries, rows.s_q, result.o.shape[0] - item.token))
     return item, rows

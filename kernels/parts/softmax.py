@@ -73,6 +73,12 @@ class OnlineSoftmax:
 
 
 @cute.jit
+def piece_weight(lse: Float32, all_log2: Float32):
+    """exp(lse) over 2^all_log2: the share of a piece of a row in all of it"""
+    return cute.math.exp2(cute.math.fma(lse, Float32(LOG2_E), -all_log2), fastmath=True)
+
+
+@cute.jit
 def soft_cap(rS, factor):
     """tanh(rS * factor / (2 log2(e))), by exp2: tanh.approx is wrong by 5e-4, 0.02 of a score capped at 50; factor: Float32, or
     (row,)"""

@@ -6,15 +6,16 @@ n parts, cut p lies at x = item_tiles + p * (total - item_tiles) / n on that lin
 item_tiles once more: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that would leave a piece shorter than
 `snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
 
-Batch-invariant schedules cut a request by its own length alone, into num_pieces(..) pieces that differ by one tile at most.
-Each of them is an item, C counts them all, and cut p lies at the edge of a piece that is nearest to p * total / n.
+Batch-invariant schedules cut a request by its own length alone, into num_pieces(..) pieces that differ by one tile at most;
+cut p moves to the nearest edge of one of them.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32
 
-from ..config import MAX_ROW_TILES
+from ..config import MANY_TILES, MAX_ROW_TILES
+from .work import PIECE_SHIFT
 
 NUM_CANDIDATES = 32  # one per warp
 
@@ -78,32 +79,50 @@ def load_of(
 def num_pieces(
     tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int], piece_tiles: Constexpr[int]
 ) -> Int32:
-    """The largest n with n^2 * row_tiles <= gain / 32 * tiles or n * piece_tiles <= tiles, up to max_pieces and tiles; at least
-    1, but 0 without tiles."""
-    pieces = Int32(1) if tiles > 0 else Int32(0)
+    """The largest n with n^2 * row_tiles <= gain / 32 * tiles or n * piece_tiles <= tiles, up to max_pieces and tiles / 2; at
+    least 1, but 0 without tiles."""
+    pieces, most = Int32(1) if tiles > 0 else Int32(0), cutlass.min(tiles // 2, max_pieces)
     rows = 32 * cutlass.min(row_tiles, MAX_ROW_TILES)
-    while (pieces < cutlass.min(tiles, max_pieces)) & ((pieces + 1) * (pieces + 1) * rows <= tiles * gain):
+    while (pieces < most) & ((pieces + 1) * (pieces + 1) * rows <= cutlass.min(tiles, MANY_TILES) * gain):
         pieces += 1
-    return cutlass.max(pieces, cutlass.min(tiles // piece_tiles, max_pieces))
+    return cutlass.max(pieces, cutlass.min(tiles // piece_tiles, most))
 
 
 @cute.jit
-def piece_begin(tiles: Int32, pieces: Int32, i: Int32) -> Int32:
-    """first tile of piece i"""
-    return tiles // pieces * i + tiles % pieces * i // pieces
+def piece_edge(tiles: Int32, pieces: Int32, i: Int32) -> Int32:
+    """first tile of piece i; the longer ones, by a tile, come first"""
+    return tiles // pieces * i + cutlass.min(tiles % pieces, i)
 
 
 @cute.jit
-def piece_cut(prefix: cute.Tensor, items: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: Constexpr[int]):
-    """cut p of 0 .. parts -> (the first item behind it, cost before that); items: those before a request"""
+def piece_at(tiles: Int32, pieces: Int32, tile: Int32) -> Int32:
+    """the piece that holds a tile; `pieces` where it is behind the last"""
+    length, long = tiles // pieces, tiles % pieces
+    return tile // (length + 1) if tile < long * (length + 1) else long + (tile - long * (length + 1)) // length
+
+
+@cute.jit
+def piece_cut(prefix: cute.Tensor, before: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: Constexpr[int]):
+    """as `cut`, but at the nearest edge of a piece; before: pieces before a request"""
     total = prefix[batch]
-    item, cost = items[batch], total
+    request, tile = batch, Int32(0)
     if (p < parts) & (total > 0):
-        x = total // parts * p + total % parts * p // parts
+        line = total - item_tiles
+        x = item_tiles + line // parts * p + line % parts * p // parts
         request = upper_bound(prefix, batch, x) - 1
-        weight, pieces = prefix[request + 1] - prefix[request], items[request + 1] - items[request]
-        mean, x = weight // pieces, x - prefix[request]
-        i = cutlass.min(x // mean + (x % mean + mean // 2) // mean, pieces)
-        item = items[request] + i
-        cost = prefix[request] + piece_begin(weight - item_tiles * pieces, pieces, i) + item_tiles * i
-    return item, cost
+        tiles, pieces = prefix[request + 1] - prefix[request] - item_tiles, before[request + 1] - before[request]
+        tile = cutlass.max(x - prefix[request] - item_tiles, 0)
+        i = piece_at(tiles, pieces, tile)
+        begin, end = piece_edge(tiles, pieces, i), piece_edge(tiles, pieces, i + 1)
+        tile = begin if tile - begin < end - tile else end
+        if tile >= tiles:
+            request, tile = request + 1, Int32(0)
+    if (p == 0) | (total == 0):
+        request, tile = Int32(0), Int32(0)
+    return request, tile
+
+
+@cute.jit
+def pack_pieces(tiles: Int32, pieces: Int32, first: Int32) -> Int32:
+    """how long the pieces from `first` on are: so many of a tile more, then of tiles // pieces"""
+    return (tiles // pieces << PIECE_SHIFT) + cutlass.max(tiles % pieces - first, 0)

@@ -9,10 +9,12 @@ from cutlass import Constexpr, Int32, const_expr
 from .ptx import lane_value, uniform
 from .rows import RowTile
 
-RECORD = 8  # int32 of an item: the fields of WorkItem; those of ragged queries are 0 where all requests have as many
+RECORD = 8  # int32 of an item: the fields of WorkItem; 0 in those that a kernel does not need
 PART = 16  # int32 of a part: the record of its first item, then
 BEGIN, COUNT = 8, 9  # where its items begin, and how many they are
-TOKEN, NUM_QUERIES = 5, 6  # fields of ragged queries
+SLOT, TOKEN, NUM_QUERIES = 3, 5, 6  # fields; the last two of ragged queries
+PIECES = 7  # field of fixed pieces
+PIECE_SHIFT = 5  # in it: of a piece's length, beside how many are a tile longer
 MERGE = 4  # int32 of a request to merge: request (ragged: TOKEN), first slot, pieces (0: no tokens), 0 (ragged: NUM_QUERIES)
 MERGE_WARPS = 8  # that may share a row; a batch-invariant schedule allows 1, for the order of a sum depends on it
 
@@ -22,18 +24,35 @@ class WorkItem:
     batch: Int32
     first: Int32  # tiles first .. end - 1
     end: Int32
-    slot: Int32  # where the partial result goes, or -1: the item is the whole request, its result is final
+    slot: Int32  # where the partial result of its first piece goes, or -1: a whole request in one piece, its result is final
     seqlen: Int32
     token: Int32  # ragged: the request's first query token in q
     num_queries: Int32
+    pieces: Int32  # their lengths, as spans.pack_pieces has it; < 0: the last one gathers the others; 0: it is a single one
 
     def owner(self, ragged):
         """whose rows in out and lse: the request, or ragged its first query token"""
         return self.token if ragged else self.batch
 
     @classmethod
-    def read(cls, sRecord, ragged):
-        return cls(*(uniform(sRecord[i]) if ragged or i < TOKEN else Int32(0) for i in range(len(fields(cls)))))
+    def read(cls, sRecord, ragged, fixed_pieces):
+        present = [*range(TOKEN), *([TOKEN, NUM_QUERIES] if ragged else []), *([PIECES] if fixed_pieces else [])]
+        return cls(*(uniform(sRecord[i]) if i in present else Int32(0) for i in range(len(fields(cls)))))
+
+
+def unpack_pieces(packed):
+    """length, and how many pieces are a tile longer"""
+    return packed >> PIECE_SHIFT, packed & (1 << PIECE_SHIFT) - 1
+
+
+@cute.jit
+def num_gathered(pieces: Int32, tiles: Int32) -> Int32:
+    """how many pieces the last one of an item of so many tiles gathers"""
+    count = Int32(0)
+    if pieces < 0:
+        length, long = unpack_pieces(-pieces)
+        count = (tiles - long) // length - 1
+    return count
 
 
 def record_slots(ring_slots: int) -> int:

@@ -41,17 +41,18 @@ def upper_bounds(prefix: cute.Tensor, out: cute.Tensor, count: Int32):
 
 @cute.jit
 def all_piece_cuts(prefix: cute.Tensor, items: cute.Tensor, out: cute.Tensor, batch: Int32, parts: Int32):
-    """out[p] = (item, cost) of cut p"""
+    """out[p] = (request, tile) of cut p"""
     for p in cutlass.range(parts + 1):
         out[p, 0], out[p, 1] = spans.piece_cut(prefix, items, batch, p, parts, ITEM_TILES)
 
 
 @cute.jit
 def pieces_of(out: cute.Tensor, tiles: Int32, row_tiles: Int32, sizes: Constexpr[tuple]):
-    """out = number of pieces, then where each begins"""
+    """out = number of pieces, then where each begins, then the piece that begins there"""
     out[0] = spans.num_pieces(tiles, row_tiles, *sizes)
     for i in cutlass.range(cutlass.min(out[0], 1) * (out[0] + 1)):
-        out[1 + i] = spans.piece_begin(tiles, out[0], i)
+        out[1 + i] = spans.piece_edge(tiles, out[0], i)
+        out[2 + out[0] + i] = spans.piece_at(tiles, out[0], out[1 + i])
 
 
 def int32(*shape):
@@ -68,7 +69,7 @@ class Native:
         self.candidates, self._candidates = int32(spans.NUM_CANDIDATES)
         self.bounds, self._bounds = int32(64)
         self.items, self._items = int32(MAX_BATCH + 1)
-        self.pieces, self._pieces = int32(64)
+        self.pieces, self._pieces = int32(80)
         self._run_candidates = cute.compile(all_candidates, self._candidates, Int32(1), Int32(1))
         self._run_bounds = cute.compile(upper_bounds, self._prefix, self._bounds, Int32(1))
         self._run_cuts = {
@@ -92,7 +93,7 @@ class Native:
 
     def run_pieces(self, tiles, row_tiles, sizes):
         self._run_pieces[sizes](self._pieces, tiles, row_tiles)
-        return self.pieces[: 2 + int(self.pieces[0])].tolist() if tiles else self.pieces[:1].tolist()
+        return self.pieces[: 3 + 2 * int(self.pieces[0])].tolist() if tiles else self.pieces[:1].tolist()
 
     def run_candidates(self, max_parts, total):
         self._run_candidates(self._candidates, max_parts, total)
@@ -166,7 +167,7 @@ def test_fixed_pieces_equal_the_twin(native, tiles, row_tiles, sizes):
     max_pieces, gain, piece_tiles = sizes
     config = ScheduleConfig(max_pieces=max_pieces, piece_gain=gain, piece_tiles=piece_tiles)
     num = schedule.num_pieces(tiles, row_tiles, config)
-    wanted = [num, *(schedule.piece_begin(tiles, num, i) for i in range(num + 1))] if tiles else [0]
+    wanted = [num, *(schedule.piece_edge(tiles, num, i) for i in range(num + 1)), *range(num + 1)] if tiles else [0]
     assert native.run_pieces(tiles, row_tiles, sizes) == wanted
 
 
@@ -177,7 +178,7 @@ def fixed_batches(draw):
     prefix, items = [0], [0]
     for n in tiles:
         pieces = draw(st.integers(1, min(n, 32))) if n else 0
-        prefix.append(prefix[-1] + n + ITEM_TILES * pieces)
+        prefix.append(prefix[-1] + (n + ITEM_TILES if n else 0))
         items.append(items[-1] + pieces)
     return prefix, items, draw(st.integers(1, MAX_PARTS))
 

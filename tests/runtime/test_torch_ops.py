@@ -50,7 +50,7 @@ def operands(problem: Problem) -> tuple:
     for tensor in (problem.out, problem.lse, plan.o_split, plan.lse_split):
         tensor.zero_()  # (opcheck compares them)
     given += (problem.out, problem.lse, plan.o_split, plan.lse_split, plan.softmax_scale, plan.num_sms)
-    return (*given, None, None, True, *astuple(plan.options))
+    return (*given, None, None, True, plan.fixed_pieces, *astuple(plan.options))
 
 
 # ---------------------------------------------------------------------- operators
