@@ -23,6 +23,8 @@ from .sync import RingPos, arrive
 from .tiles import element, fragment_row, thread_in_warpgroup
 from .work import num_gathered, unpack_pieces
 
+GATHERED = 3  # named barrier of both VALUE warpgroups
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -80,9 +82,12 @@ class FixedPieces:
 
     @cute.jit
     def skip(self, item, pos: RingPos) -> RingPos:
-        """the slots that only VALUE reads"""
+        """the slots that only VALUE reads: if SCORE did not see each filled before it is left, two phases would look like none"""
         if const_expr(self.config.gathers):
-            pos = pos.skip(num_gathered(item.pieces, item.end - item.first), self.config.ring_slots)
+            for _ in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
+                cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
+                arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
+                pos = pos.next(self.config.ring_slots)
         return pos
 
     # ------------------------------------------------------------------ VALUE
@@ -111,9 +116,9 @@ class FixedPieces:
                     columns = self.config.kv.latent // 2
                     sHalf = cute.local_tile(self.ring, (64, columns, self.config.ring_slots), (0, half, 0))
                     add_piece(rO, sHalf[None, None, pos.stage], weight, mma)
-                    cute.arch.sync_warp()
-                    arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
-                    if const_expr(half == 1):
+                    cute.arch.barrier(barrier_id=GATHERED, number_of_threads=256)
+                    if const_expr(half == 1):  # for both, SCORE has the other arrivals
+                        arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
                         if refills:
                             cursor = loads.wait_and_request(cursor, pos)
                     pos = pos.next(self.config.ring_slots)

@@ -18,11 +18,6 @@ class RingPos:
         last = self.stage == stages - 1
         return RingPos(Int32(0) if last else self.stage + 1, self.phase ^ 1 if last else self.phase)
 
-    def skip(self, count: Int32, stages: Constexpr[int]):
-        """`count` positions on"""
-        stage = self.stage + count
-        return RingPos(stage % stages, self.phase ^ stage // stages & 1)
-
 
 def warp_arrivals(num_warps: int, every_lane: bool) -> int:
     """arrivals of one phase when each of `num_warps` warps calls `arrive` once"""
