@@ -96,9 +96,10 @@ def piece_cut(prefix: Sequence[int], items: Sequence[int], p: int, parts: int, i
 
 def candidate(i: int, max_parts: int, most: int) -> int:
     """the i-th number of parts to try"""
-    parts = max_parts - i
+    parts, most = max_parts - i, max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
+        least = -(-most // max_parts)
+        parts = -(-most // (least + (i - NUM_CANDIDATES // 2) * max(least // 8, 1)))
     return max(min(parts, most), 1)
 
 

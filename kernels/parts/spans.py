@@ -34,11 +34,13 @@ def upper_bound(prefix: cute.Tensor, count: Int32, x: Int32) -> Int32:
 
 @cute.jit
 def candidate(i: Int32, max_parts: Int32, most: Int32) -> Int32:
-    """The i-th number of parts to try: the 16 largest, then 16 steps down to a few; no more than `most` = total - item_tiles,
-    so that no two cuts are equal."""
-    parts = max_parts - i
+    """The i-th number of parts to try: the 16 largest; then the fewest with which no part has more tiles than it must, one
+    more, two more, .. (by eighths, where they are many).  No more than `most` = total - item_tiles: no two cuts are equal."""
+    parts, most = max_parts - i, cutlass.max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
+        least = (most + max_parts - 1) // max_parts
+        tiles = least + (i - NUM_CANDIDATES // 2) * cutlass.max(least // 8, 1)
+        parts = (most + tiles - 1) // tiles
     return cutlass.max(cutlass.min(parts, most), 1)
 
 
