@@ -11,7 +11,7 @@ from math import isqrt
 
 from .kernels.config import MAX_ROW_TILES, TILE, ScheduleConfig
 
-NUM_CANDIDATES = 32
+NUM_CANDIDATES, MAX_TILES = 32, 1 << 29
 
 
 NO_LIMIT = 1 << 30  # tokens
@@ -98,9 +98,9 @@ def candidate(i: int, max_parts: int, most: int) -> int:
     """the i-th number of parts to try"""
     parts, most = max_parts - i, max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        least = -(-most // max_parts)
-        parts = -(-most // (least + (i - NUM_CANDIDATES // 2) * max(least // 8, 1)))
-    return max(min(parts, most), 1)
+        least = min((most - 1) // max_parts + 1, MAX_TILES)
+        parts = (most - 1) // (least + (i - NUM_CANDIDATES // 2) * max(least // 8, 1)) + 1
+    return max(min(parts, max_parts, most), 1)
 
 
 def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:

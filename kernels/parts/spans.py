@@ -17,6 +17,7 @@ from cutlass import Constexpr, Int32
 from ..config import MAX_ROW_TILES
 
 NUM_CANDIDATES = 32  # one per warp
+MAX_TILES = 1 << 29  # of a part, where a candidate is made from them: 3 times as many fit 32 bits
 
 
 @cute.jit
@@ -38,10 +39,10 @@ def candidate(i: Int32, max_parts: Int32, most: Int32) -> Int32:
     more, two more, .. (by eighths, where they are many).  No more than `most` = total - item_tiles: no two cuts are equal."""
     parts, most = max_parts - i, cutlass.max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        least = (most + max_parts - 1) // max_parts
+        least = cutlass.min((most - 1) // max_parts + 1, MAX_TILES)
         tiles = least + (i - NUM_CANDIDATES // 2) * cutlass.max(least // 8, 1)
-        parts = (most + tiles - 1) // tiles
-    return cutlass.max(cutlass.min(parts, most), 1)
+        parts = (most - 1) // tiles + 1
+    return cutlass.max(cutlass.min(parts, max_parts, most), 1)
 
 
 @cute.jit
