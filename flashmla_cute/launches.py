@@ -24,8 +24,9 @@ ATTRIBUTES = {2: "cooperative", 6: "programmatic_stream_serialization"}  # of cu
 CLUSTER = 4  # cudaLaunchAttributeClusterDimension
 GRIDS = {
     "DenseDecode": "x: 64-row tiles of a request (kernels/parts/rows.py: num_row_tiles); y: parts.shape[0]; z: 1",
-    "Combine": "x: min(batch * query tokens * heads * 2 with float16 partials (* 4 with float32), "
-    f"{combine.CTAS_PER_SM} * SMs); y, z: 1",
+    "Combine": f"x: any; best ceil(w / {combine.WARPS}), w = min(max(u, min({combine.MERGE_GROUPS} u, {combine.SPREAD} SMs)), "
+    f"{combine.CTAS_PER_SM * combine.WARPS} SMs), u = batch * query tokens * heads * 2 with float16 partials (* 4 with "
+    "float32); y, z: 1",
     "BuildSchedule": "one CTA",
     "Append": f"x: ceil(tokens * kv heads / {append.WARPS}); y, z: 1",
 }

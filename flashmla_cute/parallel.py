@@ -22,7 +22,7 @@ from . import checks, compile, ops
 from .checks import need
 from .decode import mla_decode
 from .kernels.config import MLAConfig
-from .kernels.parts.work import MERGE_WARPS
+from .kernels.parts.work import MERGE_GROUPS
 from .kv_cache import PagedKVCache
 from .plan import DecodePlan
 
@@ -229,7 +229,7 @@ class ContextParallel:
         self._piece_lses = empty(size, mine, rows, dtype=torch.float32)
         self._partial = empty(num_heads, rows, self.format.latent) if scatter_heads else self._pieces[rank]
         self._partial_lse = empty(num_heads, rows, dtype=torch.float32) if scatter_heads else self._piece_lses[rank]
-        merges = [[1, MERGE_WARPS, 0, 0], [0, 0, size, 0]]  # one request, of `size` pieces from slot 0 on
+        merges = [[1, MERGE_GROUPS, 0, 0], [0, 0, size, 0]]  # one request, of `size` pieces from slot 0 on
         self._merges = torch.tensor(merges, dtype=torch.int32, device=cache.device)
         kv = replace(checks.DTYPES[dtype], latent=self.format.latent, rope=self.format.rope)
         self._merge = compile.get(ops.MergeOp, MLAConfig(kv=kv, causal=False, split=kv.dtype))

@@ -12,7 +12,7 @@ from math import isqrt
 from .kernels.config import MANY_TILES, MAX_ROW_TILES, TILE, ScheduleConfig
 from .kernels.parts.work import PIECE_SHIFT
 
-NUM_CANDIDATES = 32
+NUM_CANDIDATES, MAX_TILES = 32, 1 << 29
 
 
 NO_LIMIT = 1 << 30  # tokens
@@ -124,10 +124,11 @@ def piece_cut(prefix: Sequence[int], pieces: Sequence[int], p: int, parts: int, 
 
 def candidate(i: int, max_parts: int, most: int) -> int:
     """the i-th number of parts to try"""
-    parts = max_parts - i
+    parts, most = max_parts - i, max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
-    return max(min(parts, most), 1)
+        least = min((most - 1) // max_parts + 1, MAX_TILES)
+        parts = (most - 1) // (least + (i - NUM_CANDIDATES // 2) * max(least // 8, 1)) + 1
+    return max(min(parts, max_parts, most), 1)
 
 
 def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ room for one beside 184 + 160 + 160 on each quarter of the SM, so two warps of V
     warp 4     4                 rope_empty                                rope_full q_tail_full, by TMA
   VALUE_RIGHT  8-11   160        p_full pv_go                              p_empty slot_empty
     warp 8     8                 slot_empty                                slot_full, by TMA
+    warp 11    11                before all that: prefetches to the L2 while the kernels before end (parts/ahead.py)
 
   barrier        arrivals  phase completes when                            who waits
   slot_full[3]   1 + tx    the slot's bytes have landed                    SCORE
@@ -32,6 +33,7 @@ room for one beside 184 + 160 + 160 on each quarter of the SM, so two warps of V
   p_full         4         p and rescale of a tile are stored              VALUE (implies slot_full: s came from it)
   p_empty        8         p and rescale of a tile are consumed            SCORE
   pv_go          4         the tensor core is about to be free             VALUE
+  begun          1         the kernels before have ended                   nobody: the prefetch asks (parts/ahead.py)
 
 Steady state; tile c's scores are in SCORE's registers when its round starts, no wgmma of SCORE is in flight:
   S1 SCORE  mask and soften tile c: row_max, rescale, p in registers; pinned before S2 by a store
@@ -56,6 +58,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, MLAConfig
+from .parts.ahead import Guess
 from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import NoLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
@@ -82,6 +85,7 @@ STEPS = BLOCK // 16  # k-steps of a column block
 OPEN_STEPS = 8  # of the register k-steps are issued in S2; 0, 4, 8: 940, 906, 896 us at b128 s_q2 h128 s8192
 SCORE_WARPS, VALUE_WARPS = 4, 8
 FEED_WARP, REFILL_WARP = 4, 8  # the first warps of VALUE_LEFT and VALUE_RIGHT
+AHEAD_WARP = 11  # has nothing to do until the first tile is there
 SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 
 
@@ -122,7 +126,7 @@ class Smem:
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
     inv_sum: cute.Tensor  # (row, item parity); pieces of an item share one: they have two tiles or more
-    gathered: cute.Tensor | None  # (row, 2): lse to base 2 of all pieces, share of the last
+    gathered: cute.Tensor | None  # (row, 3): parts/pieces.py
     item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
 
@@ -139,6 +143,7 @@ class Barriers(BarrierTable):
     p_full: cute.Pointer
     p_empty: cute.Pointer
     pv_go: cute.Pointer
+    begun: cute.Pointer
 
     @classmethod
     def table(cls, config):
@@ -155,6 +160,7 @@ class Barriers(BarrierTable):
             p_full=(1, score),
             p_empty=(1, value),
             pv_go=(1, score),
+            begun=(1, 1),
         )
 
 
@@ -182,7 +188,7 @@ def allocate(config):
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
         inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
-        gathered: cute.struct.MemRange[Float32, 2 * TILE if config.gathers else 0]
+        gathered: cute.struct.MemRange[Float32, 3 * TILE if config.gathers else 0]
         item: cute.struct.MemRange[Int32, record_slots(config.ring_slots) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
@@ -204,7 +210,7 @@ def allocate(config):
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
-        gathered=plain(storage.gathered, TILE, 2) if config.gathers else None,
+        gathered=plain(storage.gathered, TILE, 3) if config.gathers else None,
         item=plain(storage.item, RECORD, record_slots(config.ring_slots)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
     )
@@ -309,12 +315,19 @@ class DenseDecode:
                 bars.init(self.config)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
-        cute.arch.griddepcontrol_launch_dependents()
         row_tile, part, _ = cute.arch.block_idx()
         _, s_q, h_q, _ = args.result.o_split.shape
         rows = RowTile.of(self.config.head_tile, row_tile, s_q, h_q, args.h_kv)
-        work = Work.of(args.items, args.parts, part, rows, self.config.ragged)
+        guess = Guess.read(args.parts, part, self.config.page, args.block_table)
+        if warp_idx == AHEAD_WARP:
+            guess.prefetch(self._tile_loads(args, smem, bars, rows), self.config.ring_slots - 1, row_tile, bars.begun)
+        cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
+        cute.arch.griddepcontrol_launch_dependents()
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(bars.begun)
+        requests = (warp_idx == FEED_WARP) | (warp_idx == REFILL_WARP)
+        work = Work.of(args.items, args.parts, part, rows, self.config.ragged, guess, requests)
         if warp_idx < SCORE_WARPS:
             cute.arch.setmaxregister_increase(self.config.score_registers)
             if work.count > 0:
@@ -330,6 +343,13 @@ class DenseDecode:
     def _pieces(self, args, smem, bars):
         ring = smem.piece_ring, bars.slot_full, bars.slot_empty
         return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
+
+    def _tile_loads(self, args, smem, bars, rows):
+        """of the latent and the rope columns (None: there are none)"""
+        latent, rope = cache_load(self.config, args.latent, rows, smem.ring, bars.slot_full), None
+        if self.config.kv.rope:
+            rope = cache_load(self.config, args.rope, rows, smem.rope, bars.rope_full)
+        return latent, rope
 
     # ------------------------------------------------------------------ role SCORE
     @cute.jit
@@ -521,17 +541,16 @@ class DenseDecode:
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and q tail, VALUE_RIGHT's refills the ring"""
         config = self.config
+        latent, rope = self._tile_loads(args, smem, bars, rows)
         if half == 0:
             q_last, q_rope = query_load(config, args.q_last, rows, smem.q_last, bars.q_tail_full), None
-            rope = NoLoad(bars.rope_full, config.lane_arrivals)
+            rope = rope or NoLoad(bars.rope_full, config.lane_arrivals)
             if config.kv.rope:
-                rope = cache_load(config, args.rope, rows, smem.rope, bars.rope_full)
                 q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
         q, piece = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
         if config.gathers:
             piece = query_load(replace(config, ragged=False), args.piece, rows, smem.piece_ring, bars.slot_full)
-        latent = cache_load(config, args.latent, rows, smem.ring, bars.slot_full)
         return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, piece=piece)
 
     @cute.jit

@@ -35,7 +35,7 @@ from .parts.spans import (
     piece_cut,
     upper_bound,
 )
-from .parts.work import BEGIN, COUNT, MERGE, MERGE_WARPS, PART, RECORD
+from .parts.work import BEGIN, COUNT, MERGE, MERGE_GROUPS, PART, RECORD
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Args:
     cache_seqlens: cute.Tensor  # (request,)
     items: cute.Tensor  # out, (request + part, RECORD)
     parts: cute.Tensor  # out, (part, PART): the part's first item, where its items begin, and how many they are
-    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and how many warps a row may get
+    merges: cute.Tensor  # out, (1 + request, MERGE); merges[0] is their number, and how many may share a row
     row_tiles: Int32
     max_tokens: Int32  # longer lengths are cut to what the block table can name
     reach: Int32  # tokens at a request's end that any of its query tokens sees: few with a sliding window
@@ -374,7 +374,7 @@ class BuildSchedule:
             listed += num
         if tid == 0:
             args.merges[0, 0] = listed
-            args.merges[0, 1] = 1 if const_expr(self.config.max_pieces > 0) else MERGE_WARPS
+            args.merges[0, 1] = 1 if const_expr(self.config.max_pieces > 0) else MERGE_GROUPS
 
     @cute.jit
     def _pieces(self, args: Args, smem: Smem, request: Int32, parts: Int32):

@@ -81,6 +81,15 @@ class TmaLoad:
             self.copy(row, page, i, slot)
 
     @cute.jit
+    def prefetch_tile(self, span: "PageSpan", tile: Int32):
+        """KV tile `tile` of a request -> L2; by a whole warp"""
+        boxes = cute.size(self.dst, mode=[1])
+        for i in cutlass.range_constexpr(boxes):
+            row, page = span.locate(tile, i, TILE // boxes)
+            with cute.arch.elect_one():
+                cute.prefetch(self.atom, self.src[None, row, 0, page])
+
+    @cute.jit
     def expect(self, slot: Int32, more_bytes: Constexpr[int] = 0):
         """more_bytes: what the copies of other loads add to the slot"""
         full = self.full + slot

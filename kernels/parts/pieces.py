@@ -3,7 +3,7 @@
 An item is then a run of pieces.  The softmax starts anew with each, and o of each is a result of its own, but nothing else
 stops where two meet: the scores of the next tile are under way.  An item that is a whole request leaves no work to
 kernels/combine.py: where its last piece ends, the others' o come back through the KV ring, as tiles of 64 rows x latent:
-  lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i, the last piece first
+  w_i = exp(lse_i - max lse);   o = (sum_i w_i * o_i) / sum_i w_i, from the last piece back
 Those are the sums of the combine, in its order and bit by bit, for it depends on the batch which of the two makes them.  So
 a product that a sum follows is fused in both, and the last piece's own o is rounded to what a partial result holds.
 """
@@ -50,10 +50,11 @@ class FixedPieces:
     """what both roles do where pieces end; nothing, in a configuration that has none"""
 
     config: Constexpr
+    gathers: Constexpr[bool]
     result: Outputs
     sink: cute.Tensor | None
     inv_sum: cute.Tensor  # smem (row, item parity); the pieces of an item share one, they have two tiles or more
-    gathered: cute.Tensor | None  # smem (row, 2): lse to base 2 of all pieces, share of the last
+    gathered: cute.Tensor | None  # smem (row, 3): the fields of Sums
     ring: cute.Tensor  # smem (row, latent, slot), f16
     slot_full: cute.Pointer  # mbarrier [slot]
     slot_empty: cute.Pointer
@@ -73,17 +74,17 @@ class FixedPieces:
     @cute.jit
     def gather_lse(self, softmax, item, rows, piece: Piece):
         """with p of the last tile of all"""
-        if const_expr(self.config.gathers):
+        if const_expr(self.gathers):
             if item.pieces < 0:
-                sums = Gathered.of(softmax, self.result.lse_split, item, piece, rows)
-                for i, rValues in enumerate((sums.lse, sums.share)):
+                sums = Sums.of(softmax, self.result.lse_split, self.sink, item, piece, rows)
+                for i, rValues in enumerate((sums.most, sums.own, sums.factor)):
                     store_row_values(rValues, self.gathered[None, i])
                 store_item_lse(self.config, sums, self.result, replace(item, slot=Int32(-1)), rows)
 
     @cute.jit
     def skip(self, item, pos: RingPos) -> RingPos:
-        """the slots that only VALUE reads: if SCORE did not see each filled before it is left, two phases would look like none"""
-        if const_expr(self.config.gathers):
+        """the slots that only VALUE reads: unless SCORE sees each filled before it is left, two phases look like none"""
+        if const_expr(self.gathers):
             for _ in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
                 cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
                 arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
@@ -97,7 +98,7 @@ class FixedPieces:
             if (tile + 1 == piece.edge) & (tile + 1 < item.end):
                 inv_sum = self._of_my_rows(self.inv_sum[None, it & 1])
                 store_item_o(self.config, half, rO, inv_sum, self.result, replace(item, slot=piece.slot), rows)
-                if const_expr(self.config.gathers):
+                if const_expr(self.gathers):
                     cute.arch.fence_proxy("async.global")  # TMA will read it
                 rO.fill(0.0)
                 piece = piece.next()
@@ -106,13 +107,13 @@ class FixedPieces:
     @cute.jit
     def gather(self, half: Constexpr[int], rO, mma, it: Int32, item, rows, piece: Piece, *, loads, cursor, pos, refills):
         """refills: this warp requests the ring's slots; returns its cursor, and where in the ring it is"""
-        if const_expr(self.config.gathers):
+        if const_expr(self.gathers):
             if item.pieces < 0:
-                take_share(rO, self._of_my_rows(self.inv_sum[None, it & 1]), self._of_my_rows(self.gathered[None, 1]))
-                first = piece.slot - num_gathered(item.pieces, item.end - item.first)
-                for slot in cutlass.range(first, piece.slot, unroll=1):
-                    weight = piece_weights(self.result.lse_split, self.gathered[None, 0], slot, rows)
+                start_sum(rO, self._of_my_rows(self.inv_sum[None, it & 1]), self._of_my_rows(self.gathered[None, 1]))
+                for back in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
                     cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
+                    most = self._of_my_rows(self.gathered[None, 0])
+                    weight = piece_weights(self.result.lse_split, most, piece.slot - 1 - back, rows)
                     columns = self.config.kv.latent // 2
                     sHalf = cute.local_tile(self.ring, (64, columns, self.config.ring_slots), (0, half, 0))
                     add_piece(rO, sHalf[None, None, pos.stage], weight, mma)
@@ -128,82 +129,74 @@ class FixedPieces:
     def last(self, it: Int32, item, rows, piece: Piece, row: Int32):
         """slot (-1: final) and factors of what VALUE holds at an item's end"""
         slot, factors = piece.slot, (self.inv_sum[row, it & 1], self.inv_sum[row + 8, it & 1])
-        if const_expr(self.config.gathers):
+        if const_expr(self.gathers):
             if item.pieces < 0:
-                slot, factors = Int32(-1), self._left_by_sink(rows)
+                slot, factors = Int32(-1), (self.gathered[row, 2], self.gathered[row + 8, 2])
         return slot, factors
 
     def _of_my_rows(self, sRows):
         row = fragment_row(thread_in_warpgroup())
         return sRows[row], sRows[row + 8]
 
-    @cute.jit
-    def _left_by_sink(self, rows):
-        left = [Float32(1.0), Float32(1.0)]
-        if const_expr(self.config.sink):
-            lse = self._of_my_rows(self.gathered[None, 0])
-            for r in cutlass.range_constexpr(2):
-                _, head, exists = rows.locate(fragment_row(thread_in_warpgroup()) + 8 * r)
-                if exists:
-                    left[r] = sink_share(lse[r], self.sink[head])
-        return tuple(left)
-
 
 # ---------------------------------------------------------------------- sums over pieces
 @dataclass(frozen=True)
-class Gathered:
+class Sums:
     """of a thread's two rows, in the threads that stored the other pieces' lse (tid % 4 == 0)"""
 
-    lse: cute.Tensor  # to base 2, over all pieces
-    share: cute.Tensor  # of the last piece
+    most: cute.Tensor  # log2 of the largest weight of a piece
+    own: cute.Tensor  # weight of the last piece in terms of it
+    factor: cute.Tensor  # of the sum of all o
+    lse: cute.Tensor  # to base 2
 
     @classmethod
-    def of(cls, softmax, gLse, item, piece, rows):
+    def of(cls, softmax, gLse, gSink, item, piece, rows):
         """gLse: (slot, query token, head); softmax: of the last piece"""
-        sums = cls(*(cute.make_rmem_tensor(2, Float32) for _ in range(2)))
-        sums._fill(softmax, gLse, item, piece, rows)
+        sums = cls(*(cute.make_rmem_tensor(2, Float32) for _ in range(4)))
+        sums._fill(softmax, gLse, gSink, item, piece, rows)
         return sums
 
     @cute.jit
-    def _fill(self, softmax, gLse, item, piece, rows):
-        self.lse.fill(-Float32.inf)
-        self.share.fill(0.0)
+    def _fill(self, softmax, gLse, gSink, item, piece, rows):
+        for rValues, value in ((self.most, 0.0), (self.own, 0.0), (self.factor, 0.0), (self.lse, -Float32.inf)):
+            rValues.fill(value)
         tid = thread_in_warpgroup()
         if tid % 4 == 0:
             for r in cutlass.range_constexpr(2):
                 token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
                 if exists:
-                    own, total = softmax.lse_log2(r) * LN2, Float32(0.0)
-                    most = cute.arch.fmax(own, M_INIT)
-                    for slot in cutlass.range(item.slot, piece.slot, unroll=1):
-                        most = cute.arch.fmax(most, gLse[slot, token, head])
-                    most *= LOG2_E
-                    for slot in cutlass.range(item.slot, piece.slot, unroll=1):
-                        total = total + piece_weight(gLse[slot, token, head], most)
-                    total = total + piece_weight(own, most)
+                    own, count = softmax.lse_log2(r) * LN2, piece.slot - item.slot
+                    most = own
+                    for back in cutlass.range(count, unroll=1):
+                        most = cute.arch.fmax(most, gLse[piece.slot - 1 - back, token, head])
+                    most = cute.arch.fmax(most * LOG2_E, M_INIT)
+                    total = Float32(0.0) + piece_weight(own, most)
+                    self.most[r], self.own[r] = most, total
+                    for back in cutlass.range(count, unroll=1):
+                        total = total + piece_weight(gLse[piece.slot - 1 - back, token, head], most)
                     if total > 0.0:
-                        self.lse[r] = most + cute.math.log2(total, fastmath=True)
-                        self.share[r] = piece_weight(own, self.lse[r])
+                        self.lse[r], self.factor[r] = most + cute.math.log2(total, fastmath=True), cute.arch.rcp_approx(total)
+                    if const_expr(gSink is not None):
+                        self.factor[r] = self.factor[r] * sink_share(self.lse[r], gSink[head])
 
     def lse_log2(self, r):
         return self.lse[r]
 
 
 @cute.jit
-def piece_weights(gLse, sLse, slot, rows):
-    """of a thread's two rows: the weight of a piece; sLse: (row,) lse over all, to base 2"""
+def piece_weights(gLse, most, slot, rows):
+    """of a thread's two rows: the weight of a piece in terms of 2^most"""
     weight = [Float32(0.0), Float32(0.0)]
     for r in cutlass.range_constexpr(2):
-        row = fragment_row(thread_in_warpgroup()) + 8 * r
-        token, head, exists = rows.locate(row)
-        if exists & (sLse[row] > -Float32.inf):
-            weight[r] = piece_weight(gLse[slot, token, head], sLse[row])
+        token, head, exists = rows.locate(fragment_row(thread_in_warpgroup()) + 8 * r)
+        if exists:
+            weight[r] = piece_weight(gLse[slot, token, head], most[r])
     return tuple(weight)
 
 
 @cute.jit
-def take_share(rO, inv_sum, share):
-    """my own o, normalised and rounded to f16, times the share of its rows"""
+def start_sum(rO, inv_sum, weight):
+    """my own o, normalised and rounded to f16, times its weight"""
     rPair = cute.make_rmem_tensor(2, Float16)
     word = cute.recast_tensor(rPair, Int32)
     for r in cutlass.range_constexpr(2):
@@ -211,7 +204,7 @@ def take_share(rO, inv_sum, share):
             for i in cutlass.range_constexpr(16 * block, 16 * block + 16, 2):
                 word[0] = pack_half(*(rO[element(r, i + j)] * inv_sum[r] for j in range(2)))
                 for j in cutlass.range_constexpr(2):
-                    rO[element(r, i + j)] = cute.math.fma(share[r], rPair[j].to(Float32), Float32(0.0))
+                    rO[element(r, i + j)] = cute.math.fma(weight[r], rPair[j].to(Float32), Float32(0.0))
 
 
 @cute.jit

@@ -36,6 +36,17 @@ class Cursor:
     pages: Int32  # per lane: PageSpan.entries
 
 
+@cute.jit
+def _pages_of(requests, it: Int32, pages, batch: Int32, first: Int32, end: Int32, seqlen: Int32):
+    """PageSpan.entries of item `it`'s first tiles; `pages` are those of item 0, if the work's guess was right"""
+    work = requests.work
+    if const_expr(work.first_pages is None):
+        pages = PageSpan.load(requests.page, requests.block_table, batch, first, end, seqlen).entries
+    elif (it > 0) | (not work.known):
+        pages = PageSpan.load(requests.page, requests.block_table, batch, first, end, seqlen).entries
+    return pages
+
+
 @dataclass(frozen=True)
 class Refill:
     """ring slots: q of an item in one or more parts, its tiles, then o of its other pieces if the last one gathers them; its
@@ -52,8 +63,8 @@ class Refill:
     piece: TmaLoad | None = None  # o of a piece, by its slot; None: nothing is gathered
 
     def start(self):
-        zero = Int32(0)
-        return Cursor(zero, zero, zero, zero, zero, zero, zero, zero, self.work.head, zero)
+        zero, pages = Int32(0), self.work.first_pages
+        return Cursor(zero, zero, zero, zero, zero, zero, zero, zero, self.work.head, zero if pages is None else pages)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
@@ -76,7 +87,7 @@ class Refill:
                 tile, q_part = first, q_part + 1
                 closes = Boolean(True) if const_expr(single) else q_part == self.q_parts
                 if closes:  # (before the request, these loads make ptxas spill 120 bytes)
-                    pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
+                    pages = _pages_of(self, it, pages, batch, first, end, seqlen)
                     if it + 1 < self.work.total:
                         record = self.work.records[it + 1, lane % RECORD]
             else:
@@ -95,14 +106,14 @@ class Refill:
 
     @cute.jit
     def _start_tile_or_piece(self, span: PageSpan, it: Int32, first: Int32, tile: Int32, end: Int32, stage: Int32):
-        """tiles from `end` on are pieces; returns whether it was the last of the item"""
+        """tiles from `end` on are pieces, from the last but one back; returns whether it was the last of the item"""
         sRecord, last = record_of(self.sItem, it), end
+        if tile + 1 >= end:
+            last = end + num_gathered(uniform(sRecord[PIECES]), end - first)
         if tile < end:
             self.latent.start_tile(span, tile, stage)
         else:
-            self.piece.start(uniform(sRecord[SLOT]) + tile - end, stage)
-        if tile + 1 >= end:
-            last = end + num_gathered(uniform(sRecord[PIECES]), end - first)
+            self.piece.start(uniform(sRecord[SLOT]) + last - 1 - tile, stage)
         return tile + 1 == last
 
     @cute.jit
@@ -148,7 +159,7 @@ class Feed:
         batch, first, end, seqlen = (uniform(lane_value(record, i)) for i in (BATCH, FIRST, END, SEQLEN))
         query = self.work.query_index(batch, record)
         after = self.work.records[cutlass.min(it + 1, self.work.total - 1), cute.arch.lane_idx() % RECORD]
-        pages = PageSpan.load(self.page, self.block_table, batch, first, end, seqlen).entries
+        pages = _pages_of(self, it, self.work.first_pages, batch, first, end, seqlen)
         return RopeCursor(it, batch, query, first, first, end, seqlen, after, pages)
 
     @cute.jit

@@ -18,6 +18,7 @@ from ..config import MANY_TILES, MAX_ROW_TILES
 from .work import PIECE_SHIFT
 
 NUM_CANDIDATES = 32  # one per warp
+MAX_TILES = 1 << 29  # of a part, where a candidate is made from them: 3 times as many fit 32 bits
 
 
 @cute.jit
@@ -35,12 +36,14 @@ def upper_bound(prefix: cute.Tensor, count: Int32, x: Int32) -> Int32:
 
 @cute.jit
 def candidate(i: Int32, max_parts: Int32, most: Int32) -> Int32:
-    """The i-th number of parts to try: the 16 largest, then 16 steps down to a few; no more than `most` = total - item_tiles,
-    so that no two cuts are equal."""
-    parts = max_parts - i
+    """The i-th number of parts to try: the 16 largest; then the fewest with which no part has more tiles than it must, one
+    more, two more, .. (by eighths, where they are many).  No more than `most` = total - item_tiles: no two cuts are equal."""
+    parts, most = max_parts - i, cutlass.max(most, 1)
     if i >= NUM_CANDIDATES // 2:
-        parts = max_parts * (NUM_CANDIDATES - i) // (NUM_CANDIDATES // 2 + 1)
-    return cutlass.max(cutlass.min(parts, most), 1)
+        least = cutlass.min((most - 1) // max_parts + 1, MAX_TILES)
+        tiles = least + (i - NUM_CANDIDATES // 2) * cutlass.max(least // 8, 1)
+        parts = (most - 1) // tiles + 1
+    return cutlass.max(cutlass.min(parts, max_parts, most), 1)
 
 
 @cute.jit

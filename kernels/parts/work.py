@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Boolean, Constexpr, Int32, const_expr
 
 from .ptx import lane_value, uniform
 from .rows import RowTile
@@ -16,7 +16,7 @@ SLOT, TOKEN, NUM_QUERIES = 3, 5, 6  # fields; the last two of ragged queries
 PIECES = 7  # field of fixed pieces
 PIECE_SHIFT = 5  # in it: of a piece's length, beside how many are a tile longer
 MERGE = 4  # int32 of a request to merge: request (ragged: TOKEN), first slot, pieces (0: no tokens), 0 (ragged: NUM_QUERIES)
-MERGE_WARPS = 8  # that may share a row; a batch-invariant schedule allows 1, for the order of a sum depends on it
+MERGE_GROUPS = 16  # of lanes that may share a row's pieces; batch-invariant: 1, for the order of a sum is in its bits
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,28 @@ class Work:
     count: Int32  # of this CTA
     rows: RowTile
     ragged: Constexpr[bool]
+    first_pages: Int32 | None  # per lane: PageSpan.entries of item 0, if `known`
+    known: Boolean | None
 
     @classmethod
-    def of(cls, mItems, mParts, part, rows, ragged):
-        head = mParts[part, cute.arch.lane_idx() % PART]
+    def of(cls, mItems, mParts, part, rows, ragged, guess=None, requests=False):
+        """guess: parts/ahead.py; with it, a warp that `requests` tiles saves the latency of a load"""
+        head, first_pages, known = mParts[part, cute.arch.lane_idx() % PART], None, None
+        if guess is not None:
+            first_pages, known = cls._first_pages(guess, requests), cute.arch.vote_all_sync(head == guess.record)
         begin, total = uniform(lane_value(head, BEGIN)), uniform(lane_value(head, COUNT))
         records = cute.domain_offset((begin, 0), mItems)
         count = cls._count(records, total, rows.token_of(0)) if ragged else total
-        return cls(records, head, total, count, rows, ragged)
+        return cls(records, head, total, count, rows, ragged, first_pages, known)
+
+    @staticmethod
+    @cute.jit
+    def _first_pages(guess, requests: Boolean) -> Int32:
+        entries = Int32(0)
+        if requests:  # (by all warps, of idle parts too: +1.4 us at b1 h16 s4096, two lines of the L2 become so hot)
+            if guess.has_items:
+                entries = guess.block_table[guess.entry()]
+        return entries
 
     @staticmethod
     @cute.jit

@@ -7,7 +7,7 @@ import torch
 
 from flashmla_cute import compile
 from flashmla_cute.kernels.config import FORMATS, MLAConfig
-from flashmla_cute.kernels.parts.work import MERGE_WARPS
+from flashmla_cute.kernels.parts.work import MERGE_GROUPS
 from flashmla_cute.ops import MergeOp
 from flashmla_cute.testing import TOLERANCE
 
@@ -40,7 +40,7 @@ class Pieces:
             o[slot] = torch.randn(s_q, h_q, 512, generator=generator, device="cuda")
             lse[slot] = torch.randn(s_q, h_q, generator=generator, device="cuda") * 4
         rows = [
-            [len(pieces), MERGE_WARPS, 0, 0],
+            [len(pieces), MERGE_GROUPS, 0, 0],
             *([request, min(mine, default=0), len(mine), 0] for request, mine in slots.items()),
         ]
         return cls(o, lse, torch.tensor(rows, dtype=torch.int32, device="cuda"), slots)

@@ -9,7 +9,7 @@ import torch
 
 from flashmla_cute import DecodePlan, PagedKVCache
 from flashmla_cute.kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
-from flashmla_cute.kernels.parts.work import BEGIN, COUNT, MERGE_WARPS, RECORD
+from flashmla_cute.kernels.parts.work import BEGIN, COUNT, MERGE_GROUPS, RECORD
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +58,7 @@ def read(plan: DecodePlan) -> Schedule:
         assert part[:RECORD] == records[part[BEGIN]] if part[COUNT] else part[COUNT] == 0
     assert [part[COUNT] for part in parts] == [end - begin for begin, end in pairwise(part_begin)]
     items = tuple(Item(*record[: len(fields(Item))]) for record in records)
-    assert merges[0][1:] == [1 if plan.config.max_pieces else MERGE_WARPS, -77, -77]
+    assert merges[0][1:] == [1 if plan.config.max_pieces else MERGE_GROUPS, -77, -77]
     listed = tuple(Merge(*row) for row in merges[1 : 1 + merges[0][0]])
     return Schedule(items, tuple(part_begin), listed, sum(part[COUNT] > 0 for part in parts))
 

@@ -202,7 +202,9 @@ class Kernel:
 
     def run(self):
         """raises AssertionError: a dead-lock, or something read that is not there"""
-        waiting = {name: (role, lambda: True) for name, role in (("score", self.score()), (0, self.value(0)), (1, self.value(1)))}
+        waiting = {
+            name: (role, lambda: True) for name, role in (("score", self.score()), (0, self.value(0)), (1, self.value(1)))
+        }
         while waiting:
             ready = [name for name, (_, may_go) in waiting.items() if may_go()]
             choices = ready + ["tma"] * bool(self.landing)

@@ -41,8 +41,9 @@ def test_barrier_table():
     configuration by all lanes of their warps, and by those of the requesting warp beside the one that expects the bytes."""
     elected, lanes = (Barriers.table(MLAConfig(lane_arrivals=each)) for each in (False, True))
     assert list(elected) == list(lanes) == [field.name for field in fields(Barriers)]
+    assert elected.pop("begun") == lanes["begun"] == (1, 1), "nobody waits on it"
     for name, (number, arrivals) in elected.items():
         assert arrivals in (1, 2, SCORE_WARPS, VALUE_WARPS), name
         assert lanes[name] == (number, (32 + 1) * arrivals if arrivals <= 2 else 32 * arrivals), name
         assert number == (MLAConfig().ring_slots if name.startswith("slot_") else 1), name
-    assert Barriers.total(MLAConfig()) == sum(number for number, _ in elected.values())
+    assert Barriers.total(MLAConfig()) == 1 + sum(number for number, _ in elected.values())
