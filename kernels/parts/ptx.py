@@ -59,6 +59,21 @@ def two_terms(first, second):
     return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[first, second])
 
 
+def scale_factors(scale):
+    """An f32 -> two pairs of equal f16, of its mantissa and of its power of two: numbers times both keep 11 bits where a scale
+    below 2^-14 would have lost some as an f16.  Below 2^-24 it is 0; NaN stays."""
+    code = "{ .reg .b32 m, e; .reg .pred n; and.b32 m, {$r0}, 0x007fffff; or.b32 m, m, 0x3f800000; "
+    code += "and.b32 e, {$r0}, 0xff800000; setp.nan.f32 n, {$r0}, {$r0}; selp.b32 e, {$r0}, e, n; "
+    code += "cvt.rn.f16x2.f32 {$w0}, m, m; cvt.rn.f16x2.f32 {$w1}, e, e; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[scale])
+
+
+def scaled_pair(pair, mantissas, powers):
+    """two f16 times what scale_factors gives"""
+    code = "{ .reg .b32 p; mul.rn.f16x2 p, {$r0}, {$r1}; mul.rn.f16x2 {$w0}, p, {$r2}; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, mantissas, powers])
+
+
 def opaque(x):
     """The same value, but LLVM cannot hoist what is computed from it: addresses do not occupy registers across the loop."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
