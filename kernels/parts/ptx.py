@@ -60,10 +60,10 @@ def two_terms(first, second):
 
 
 def scale_factors(scale):
-    """An f32 -> two pairs of equal f16, of its mantissa and of its power of two: numbers times both keep 11 bits where a scale
-    below 2^-14 would have lost some as an f16.  Below 2^-24 it is 0; NaN stays."""
-    code = "{ .reg .b32 m, e; .reg .pred n; and.b32 m, {$r0}, 0x007fffff; or.b32 m, m, 0x3f800000; "
-    code += "and.b32 e, {$r0}, 0xff800000; setp.nan.f32 n, {$r0}, {$r0}; selp.b32 e, {$r0}, e, n; "
+    """An f32 -> two pairs of equal f16, of its mantissa / 2^8 and of its power of two * 2^8: an e4m3 number times both is right
+    to 11 bits wherever the product is a normal f16, which no f16 of the scale alone achieves.  NaN stays."""
+    code = "{ .reg .b32 m, e; .reg .pred n; and.b32 m, {$r0}, 0x007fffff; or.b32 m, m, 0x3b800000; "
+    code += "and.b32 e, {$r0}, 0xff800000; setp.nan.f32 n, {$r0}, {$r0}; selp.b32 e, {$r0}, e, n; mul.f32 e, e, 0f43800000; "
     code += "cvt.rn.f16x2.f32 {$w0}, m, m; cvt.rn.f16x2.f32 {$w1}, e, e; }"
     return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[scale])
 
