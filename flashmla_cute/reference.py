@@ -23,7 +23,7 @@ def quantise(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
 
 def pack(latent: torch.Tensor, rope: torch.Tensor, scales: int) -> torch.Tensor:
     """[.., 512] and [.., 64], 16 bit -> [.., 656] bytes, as the append kernel writes them: e4m3, 4 float32 scales, bf16.  A
-    scale is the largest finite magnitude among its 512 / `scales` columns / 448, at least 2^-126; a single one fills all four."""
+    scale is the largest finite magnitude among its 512 / `scales` columns / 448, at least 2^-126; one alone fills all four."""
     tiles = latent.float().unflatten(-1, (scales, -1))
     finite = torch.where(tiles.isfinite(), tiles.abs(), 0.0)
     scale = (finite.amax(-1) / 448.0).clamp(min=2.0**-126)
