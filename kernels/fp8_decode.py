@@ -525,6 +525,9 @@ class Fp8Decode:
             for tile in cutlass.range(item.first + 1, item.end, unroll=1):
                 after = self._unit(unit, 2)
                 if config.has_spare_unit:
+                    if config.q_slots == 2 and tile == item.first + 1:
+                        # (its slot was q's: before q has landed, a wait for the phase after q's would pass)
+                        cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)
                     self._convert_first(converter, bars, pos, after)
                 self._accumulate(half, rO, tP, tV, smem, bars, (p, unit))  # V1, of the tile before
                 if const_expr(units == 2):

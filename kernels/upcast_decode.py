@@ -16,15 +16,16 @@ tiles of 64 tokens:
 An item's slots are: two of q, tile first, .., tile end - 1.  A VALUE warpgroup converts its own 256 columns.
 
   role         warps  registers  waits on                                  signals
-  SCORE        0-3    184        slot_full q_rope_full tile_full rope_full p_full pv_go rope_empty, slot_empty of a q slot
+  SCORE        0-3    184        q_full q_rope_full tile_full rope_full    p_full pv_go rope_empty, slot_empty of a q slot
                                  p_empty
   VALUE_LEFT   4-7    160        slot_full p_full pv_go                    slot_empty tile_full p_empty
     warp 4     4                 rope_empty                                rope_full q_rope_full, by TMA
   VALUE_RIGHT  8-11   160        slot_full p_full pv_go                    slot_empty tile_full p_empty
-    warp 8     8                 slot_empty                                slot_full, by TMA
+    warp 8     8                 slot_empty                                q_full slot_full, by TMA
 
   barrier        arrivals  phase completes when                            who waits
-  slot_full[2]   1 + tx    the slot's bytes have landed                    VALUE; of a q slot SCORE
+  q_full[2]      1 + tx    half of q has landed in the slot                SCORE
+  slot_full[2]   1 + tx    a tile has landed in the slot                   VALUE: with q's phases it would see every other one
   slot_empty[2]  8         8 VALUE warps, or 4 SCORE warps x 2 (q slot)    warp 8, to refill it
   tile_full[2]   8         all columns of a tile are converted             SCORE
   rope_full      1 + tx    the rope columns of the next tile have landed   SCORE
@@ -48,7 +49,7 @@ from enum import IntEnum
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -57,7 +58,7 @@ from .parts.convert import UNIT_TOKENS, Converter, power_of_two
 from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import PairLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
-from .parts.ptx import max_magnitude, opaque, scaled_halves, uniform
+from .parts.ptx import max_magnitude, opaque, scaled_f16, scaled_halves, two_terms, uniform
 from .parts.requests import Feed, Refill
 from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
 from .parts.rows import RowTile, num_row_tiles
@@ -66,8 +67,9 @@ from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
 from .parts.tiles import BLOCK, TYPES, column_blocks, fragment_row, swizzled, thread_in_warpgroup
 from .parts.work import RECORD, Work, record_of, record_slots
 
+F8 = Float8E4M3FN
 PAIRS = 256  # 16-bit columns of a raw slot
-SCALE_PAIRS = SCALE_BYTES // 2
+SCALE_PAIRS, ROPE_PAIRS = SCALE_BYTES // 2, 32
 Q_SLOTS, TILES = 2, 2  # raw slots of q; converted tiles
 BLOCKS, STEPS = 8, BLOCK // 16  # column blocks of k16, k-steps of a block
 REGISTER_STEPS = (BLOCKS - 1) * STEPS  # k-steps with q in registers; the others' q is in smem
@@ -92,12 +94,13 @@ class Args:
     q: TmaOperand  # latent columns, (head, query token, 64, 4 blocks a slot, request)
     q_rope: TmaOperand  # (head, query token, 64, 1, request)
     latent: TmaOperand  # (token, 64, 4, kv head, page), in 16-bit pairs of columns
-    scales: TmaOperand  # (token, 8, 1, kv head, page), in halves of an f32
-    rope: TmaOperand  # (token, 64, 1, kv head, page)
+    scales: TmaOperand | None  # (token, 8, 1, kv head, page), in halves of an f32
+    rope: TmaOperand  # (token, 64, 1, kv head, page); flat: 32 pairs
     block_table: cute.Tensor  # (request, tile)
     items: cute.Tensor  # (item, RECORD)
     parts: cute.Tensor  # (part, PART)
     result: Outputs
+    kv_scale: cute.Tensor  # (1,) f32; 1 where tokens have scales
     sink: cute.Tensor | None  # (head,)
     h_kv: Int32
     softmax_scale: Float32
@@ -107,12 +110,14 @@ class Args:
 class Smem:
     ring: cute.Tensor  # (row, 256, slot), pairs of e4m3
     q: cute.Tensor  # the same memory as q's 16-bit columns
-    scales: cute.Tensor  # (row, 8, slot)
+    scales: cute.Tensor | None  # (row, 8, slot)
     k: cute.Tensor  # (row, 512, tile)
-    rope: cute.Tensor  # (row, 64, 1)
+    rope: cute.Tensor  # (row, 64, 1), or flat pairs
+    rope8: cute.Tensor | None  # flat, the same memory
     q_last: cute.Tensor  # (row, 64, 1), q16 columns 448..511
-    q_rope: cute.Tensor  # (row, 64, 1), bf16
-    q_rope_raw: cute.Tensor  # the same memory as TMA fills it
+    q_rope: cute.Tensor  # (row, 64, 1) bf16; flat: (row, 64, term) e4m3
+    q_rope_raw: cute.Tensor  # (row, 64, 1), the same memory as TMA fills it
+    q_terms: cute.Tensor | None  # (row, 32, term), flat, the same memory in pairs
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
     inv_sum: cute.Tensor  # (row, item parity)
@@ -125,6 +130,7 @@ class Smem:
 class Barriers(BarrierTable):
     """pointers to mbarriers, in smem order"""
 
+    q_full: cute.Pointer
     slot_full: cute.Pointer
     slot_empty: cute.Pointer
     tile_full: cute.Pointer
@@ -142,6 +148,7 @@ class Barriers(BarrierTable):
         tma = warp_arrivals(1, True) + 1 if lanes else 1
         score, value = warp_arrivals(SCORE_WARPS, lanes), warp_arrivals(VALUE_WARPS, lanes)
         return dict(
+            q_full=(config.stages, tma),
             slot_full=(config.stages, tma),
             slot_empty=(config.stages, value),
             tile_full=(TILES, value),
@@ -159,19 +166,27 @@ def mma_qk(dtype, q_source):
     return warpgroup.MmaF16BF16Op(dtype, Float32, (TILE, TILE, 16), q_source, OperandMajorMode.K, OperandMajorMode.K)
 
 
+def mma_rope(config):
+    """of both operands as they are"""
+    if config.kv.scales:
+        return mma_qk(BFloat16, SMEM)
+    return warpgroup.MmaF8Op(F8, F8, Float32, (TILE, TILE, 32), SMEM, OperandMajorMode.K, OperandMajorMode.K)
+
+
 def mma_pv():
     return warpgroup.MmaF16BF16Op(Float16, Float32, (TILE, 256, 16), SMEM, OperandMajorMode.K, OperandMajorMode.MN)
 
 
 def allocate(config):
     elements = lambda n: cute.struct.Align[cute.struct.MemRange[Float16, n], 1024]
+    scaled, by_rows = config.kv.scales > 0, config.base.box_tokens < TILE
 
     @cute.struct
     class Storage:
         ring: elements(config.stages * TILE * PAIRS)
-        scales: elements(config.stages * TILE * SCALE_PAIRS)
+        scales: elements(config.stages * TILE * SCALE_PAIRS if scaled else 0)
         k: elements(TILES * TILE * 2 * PAIRS)
-        rope: elements(TILE * BLOCK)
+        rope: elements(TILE * BLOCK if scaled else TILE * ROPE_PAIRS)
         q_last: elements(TILE * BLOCK)
         q_rope: elements(TILE * BLOCK)
         p: elements(TILE * TILE)
@@ -190,20 +205,22 @@ def allocate(config):
         swizzled(t, *shape, **by)
     )
     smem = Smem(
-        ring=view(storage.ring, Float16, TILE, PAIRS, n, by_rows=config.base.box_tokens < TILE),
+        ring=view(storage.ring, Float16, TILE, PAIRS, n, by_rows=by_rows),
         q=view(storage.ring, q_type, TILE, PAIRS, n),
-        scales=view(storage.scales, Float16, TILE, SCALE_PAIRS, n),
+        scales=view(storage.scales, Float16, TILE, SCALE_PAIRS, n) if scaled else None,
         k=view(storage.k, Float16, TILE, 2 * PAIRS, TILES),
-        rope=view(storage.rope, BFloat16, TILE, BLOCK, 1),
+        rope=view(storage.rope, BFloat16, TILE, BLOCK, 1) if scaled else view(storage.rope, Float16, TILE, ROPE_PAIRS, 1),
+        rope8=None if scaled else view(storage.rope, F8, TILE, BLOCK, 1),
         q_last=view(storage.q_last, Float16, TILE, BLOCK, 1),
-        q_rope=view(storage.q_rope, BFloat16, TILE, BLOCK, 1),
+        q_rope=view(storage.q_rope, BFloat16, TILE, BLOCK, 1) if scaled else view(storage.q_rope, F8, TILE, BLOCK, 2),
         q_rope_raw=view(storage.q_rope, q_type, TILE, BLOCK, 1),
+        q_terms=None if scaled else view(storage.q_rope, Float16, TILE, ROPE_PAIRS, 2),
         p=view(storage.p, Float16, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
         item=plain(storage.item, RECORD, record_slots(n)),
         anchor=plain(storage.anchor, SCORE_WARPS),
-        raw=tuple(field.data_ptr() for field in (storage.ring, storage.scales, storage.k)),
+        raw=(storage.ring.data_ptr(), storage.k.data_ptr(), storage.scales.data_ptr() if scaled else None),
     )
     return smem, Barriers.carve(config, storage.bars.data_ptr())
 
@@ -214,23 +231,23 @@ class ScoreTiles:
     """operands of q k^T"""
 
     tQ: cute.Tensor  # (1, 1, 4): columns 448..511
-    tQRope: cute.Tensor  # (1, 1, 4): columns 512..575
+    tQRope: cute.Tensor  # (1, 1, 4, 1): columns 512..575; flat (1, 1, 2, term)
     tK: cute.Tensor  # (1, 1, 32, tile)
-    tRope: cute.Tensor  # (1, 1, 4)
+    tRope: cute.Tensor  # (1, 1, 4); flat (1, 1, 2)
     rQ: tuple  # 7 column blocks, 0..447
     rS: cute.Tensor
     rP: cute.Tensor
 
     @classmethod
-    def make(cls, smem):
-        f16, bf16 = (cute.make_tiled_mma(mma_qk(dtype, SMEM)).get_slice(0) for dtype in (Float16, BFloat16))
+    def make(cls, config, smem):
+        f16, rope = (cute.make_tiled_mma(mma).get_slice(0) for mma in (mma_qk(Float16, SMEM), mma_rope(config)))
         rs, acc = cute.make_tiled_mma(mma_qk(Float16, RMEM)), f16.partition_shape_C((TILE, TILE))
         make_a, make_b = lambda w, s: w.make_fragment_A(w.partition_A(s)), lambda w, s: w.make_fragment_B(w.partition_B(s))
         return cls(
             tQ=make_a(f16, smem.q_last[None, None, 0]),
-            tQRope=make_a(bf16, smem.q_rope[None, None, 0]),
+            tQRope=make_a(rope, smem.q_rope),
             tK=make_b(f16, smem.k),
-            tRope=make_b(bf16, smem.rope[None, None, 0]),
+            tRope=make_b(rope, (smem.rope if config.kv.scales else smem.rope8)[None, None, 0]),
             rQ=tuple(cute.make_rmem_tensor(rs.partition_shape_A((TILE, BLOCK)), Float16) for _ in range(BLOCKS - 1)),
             rS=cute.make_rmem_tensor(acc, Float32),
             rP=cute.make_rmem_tensor(acc, Float16),
@@ -256,24 +273,31 @@ class UpcastDecode:
         block_table: cute.Tensor,  # (request, page) int32
         work: tuple,  # items (item, RECORD), parts (part, PART), int32
         result: Outputs,
+        kv_scale: cute.Tensor,  # (1,) f32; 1 where tokens have scales
         softmax: tuple,  # scale, sink (head,) f32 or None
         stream,
     ):
         base, kv, (q, q_rope), (items, parts), (softmax_scale, sink) = self.config.base, self.config.kv, queries, work, softmax
         _, _, h_kv, _ = cache.shape
         _, s_q, h_q, _ = result.o_split.shape
-        pairs, rope = cute.recast_tensor(cache, Float16), cute.recast_tensor(cache, BFloat16)
+        pairs, scales = cute.recast_tensor(cache, Float16), None
+        if const_expr(kv.scales > 0):
+            scales = cache_operand(base, pairs, PAIRS, SCALE_PAIRS, 1)
+            rope = cache_operand(base, cute.recast_tensor(cache, BFloat16), kv.rope_byte // 2, kv.rope, 1)
+        else:
+            rope = cache_operand(base, pairs, PAIRS, ROPE_PAIRS, 1)
         rope_of, rope_column = (q_rope, 0) if base.q_pair else (q, kv.latent)
         args = Args(
             q=query_operand(base, q, 0, BLOCK, BLOCKS, BLOCKS // Q_SLOTS),
             q_rope=query_operand(base, rope_of, rope_column, kv.rope, 1),
             latent=cache_operand(base, pairs, 0, BLOCK, PAIRS // BLOCK),
-            scales=cache_operand(base, pairs, PAIRS, SCALE_PAIRS, 1),
-            rope=cache_operand(base, rope, kv.rope_byte // 2, kv.rope, 1),
+            scales=scales,
+            rope=rope,
             block_table=block_table,
             items=items,
             parts=parts,
             result=result,
+            kv_scale=kv_scale,
             sink=sink,
             h_kv=h_kv,
             softmax_scale=softmax_scale,
@@ -296,7 +320,8 @@ class UpcastDecode:
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
             for operand in (args.q, args.q_rope, args.latent, args.scales, args.rope):
-                cpasync.prefetch_descriptor(operand.atom)
+                if const_expr(operand is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
                 bars.init(self.config)
             cute.arch.mbarrier_init_fence()
@@ -324,17 +349,16 @@ class UpcastDecode:
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
         base, lanes = self.config.base, self.config.base.lane_arrivals
         rScale, rCap, rUnit = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        x, softmax = ScoreTiles.make(smem), OnlineSoftmax.make(rScale, base.lazy_rescale)
-        uses, tiles = Int32(0), Int32(0)  # of raw slots; converted
+        x, softmax = ScoreTiles.make(self.config, smem), OnlineSoftmax.make(rScale, base.lazy_rescale)
+        tiles = Int32(0)
+        kv_scale = args.kv_scale[0]
         for it in cutlass.range(work.count, unroll=1):
-            first, second = position(uses), position(uses + 1)
-            cute.arch.mbarrier_wait(bars.slot_full + first.stage, first.phase)
-            item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
-            cute.arch.mbarrier_wait(bars.slot_full + second.stage, second.phase)
+            for i in cutlass.range_constexpr(Q_SLOTS):
+                cute.arch.mbarrier_wait(bars.q_full + i, it & 1)
             cute.arch.mbarrier_wait(bars.q_rope_full, it & 1)
-            self._load_q(x, rUnit, smem, bars, (first.stage, second.stage))
-            uses += Q_SLOTS + item.end - item.first
-            self._set_scales(rScale, rCap, rUnit, args)
+            item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
+            self._load_q(x, rUnit, smem, bars, (tiles & 1, tiles & 1 ^ 1))
+            self._set_scales(rScale, rCap, rUnit, args.softmax_scale * kv_scale)
             mask = Mask(item_rows, item.seqlen, base.causal, base.options.window)
             clear = mask.clear()
             softmax.reset()
@@ -358,6 +382,8 @@ class UpcastDecode:
             softmax.step(x.rS, x.rP)
             inv_sum = softmax.finalize()
             join_sink(base, inv_sum, softmax, args.sink, item, item_rows)
+            for r in cutlass.range_constexpr(2):
+                inv_sum[r] = inv_sum[r] * kv_scale
             self._store_p(x.rP, softmax.rescale, smem, bars, tiles)
             store_row_values(inv_sum, smem.inv_sum[None, it & 1])
             publish(bars.p_full, lanes)
@@ -383,21 +409,50 @@ class UpcastDecode:
         load(sRope, r)
         self._most(most, r)
         scales = [self._row_scale(most[row], rUnit, row) for row in range(2)]
-        bf16 = cute.make_rmem_tensor(x.rP.shape, BFloat16)
-        for i in cutlass.range_constexpr(cute.size(r)):
-            bf16[i] = (r[i].to(Float32) * scales[i // 2 % 2]).to(BFloat16)
-        cute.arch.sync_warp()  # (a warp's rows are its own)
-        store_fragment(bf16, smem.q_rope[None, None, 0], cute.make_tiled_mma(mma_qk(BFloat16, SMEM)))
+        self._store_q_rope(x.rP.shape, r, scales, smem)
         for j in cutlass.range_constexpr(BLOCKS):
             load(sQ[None, None, j % 4, stages[j // 4]], r)
             words, f16 = cute.recast_tensor(r, Int32), cute.recast_tensor(x.rP if j == BLOCKS - 1 else x.rQ[j], Int32)
             for i in cutlass.range_constexpr(cute.size(words)):
-                f16[i] = words[i] if dtype is Float16 else scaled_halves(words[i], scales[i % 2], dtype)
+                f16[i] = self._halves(words[i], scales[i % 2])
         store_fragment(x.rP, smem.q_last[None, None, 0], cute.make_tiled_mma(mma_qk(Float16, SMEM)))
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=NamedBarrier.QUERY, number_of_threads=32 * SCORE_WARPS)
+        self._sync_score()
         for stage in stages:
             arrive(bars.slot_empty + stage, self.config.base.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
+
+    @cute.jit
+    def _store_q_rope(self, shape: Constexpr, r, scales, smem: Smem):
+        """the rope columns times 2^n to where they came from: in bf16, or as two e4m3 terms, which hold a bf16 exactly"""
+        if const_expr(self.config.kv.scales > 0):
+            bf16 = cute.make_rmem_tensor(shape, BFloat16)
+            for i in cutlass.range_constexpr(cute.size(r)):
+                bf16[i] = (r[i].to(Float32) * scales[i // 2 % 2]).to(BFloat16)
+            cute.arch.sync_warp()  # (a warp's rows are its own)
+            mma = cute.make_tiled_mma(mma_qk(BFloat16, SMEM))
+            store_fragment(bf16, smem.q_rope[None, None, 0], mma)
+        else:
+            words, terms = cute.recast_tensor(r, Int32), cute.make_rmem_tensor(2, Int32)
+            tid = thread_in_warpgroup()
+            self._sync_score()  # (the terms' rows are half as wide: they lie where another warp's were)
+            for i in cutlass.range_constexpr(0, cute.size(words), 4):
+                for row in cutlass.range_constexpr(2):
+                    pairs = (self._halves(words[i + row], scales[row]), self._halves(words[i + 2 + row], scales[row]))
+                    terms[0], terms[1] = two_terms(*pairs)
+                    halves = cute.recast_tensor(terms, Float16)
+                    for term in cutlass.range_constexpr(2):
+                        for g in cutlass.range_constexpr(2):
+                            at = (fragment_row(tid) + 8 * row, 2 * i + 4 * g + tid % 4, term)
+                            smem.q_terms[at] = halves[2 * term + g]
+
+    def _halves(self, pair, scale):
+        """a pair of q's columns, in 16 bits, times a power of two -> f16"""
+        dtype = TYPES[self.config.base.kv.dtype]
+        return scaled_f16(pair, scale) if dtype is Float16 else scaled_halves(pair, scale, dtype)
+
+    @cute.jit
+    def _sync_score(self):
+        cute.arch.barrier(barrier_id=NamedBarrier.QUERY, number_of_threads=32 * SCORE_WARPS)
 
     def _most(self, most, block):
         words = cute.recast_tensor(block, Int32)
@@ -406,21 +461,23 @@ class UpcastDecode:
 
     @cute.jit
     def _row_scale(self, most: Int32, rUnit, r: Constexpr[int]):
-        """the power of two for row r of a quad, 1 for a q that is f16 as it comes; rUnit[r]: its inverse, NaN for a row that is
-        not finite"""
+        """the power of two for row r of a quad; rUnit[r]: its inverse, NaN for a row that is not finite"""
         for offset in (1, 2):
             most = max_magnitude(most, cute.arch.shuffle_sync_bfly(most, offset=offset))
         dtype = TYPES[self.config.base.kv.dtype]
         scale, unit = power_of_two(most, dtype)
-        scale, rUnit[r] = (Float32(1.0), unit * scale) if const_expr(dtype is Float16) else (scale, unit)
+        if const_expr(dtype is Float16):  # (an f16 itself; rows below 2^-8 need no more)
+            if scale > 2.0**15:
+                scale, unit = Float32(2.0**15), unit * (scale * 2.0**-15)
+        rUnit[r] = unit
         return scale
 
     @cute.jit
-    def _set_scales(self, rScale, rCap, rUnit, args: Args):
-        """rScale: of what the softmax gets; rCap: see soft_cap"""
+    def _set_scales(self, rScale, rCap, rUnit, scale: Float32):
+        """scale: of a row's scores beside its own; rScale: of what the softmax gets; rCap: see soft_cap"""
         cap = self.config.base.options.softcap
         for r in cutlass.range_constexpr(2):
-            to_score = rUnit[r] * args.softmax_scale
+            to_score = rUnit[r] * scale
             rScale[r] = to_score * LOG2_E if const_expr(cap == 0.0) else Float32(cap * LOG2_E)
             if const_expr(cap > 0.0):
                 rCap[r] = to_score * (2 * LOG2_E / cap)
@@ -449,7 +506,7 @@ class UpcastDecode:
     @cute.jit
     def _close_qk(self, x: ScoreTiles, bars: Barriers, tiles: Int32):
         """S4, in two commit groups: the end of the first one is the cue for p k16"""
-        ss, stage = cute.make_mma_atom(mma_qk(BFloat16, SMEM)), position(tiles).stage
+        ss, stage = cute.make_mma_atom(mma_rope(self.config)), position(tiles).stage
         ss.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         self._register_steps(x, stage, OPEN_STEPS, REGISTER_STEPS - 1)
@@ -457,8 +514,9 @@ class UpcastDecode:
         self._register_steps(x, stage, REGISTER_STEPS - 1, REGISTER_STEPS)
         cute.arch.mbarrier_wait(bars.rope_full, tiles & 1)
         warpgroup.fence()
-        for k in cutlass.range_constexpr(STEPS):
-            cute.gemm(ss, x.rS, x.tQRope[None, None, k], x.tRope[None, None, k], x.rS)
+        steps, terms = cute.size(x.tQRope, mode=[2]), cute.size(x.tQRope, mode=[3])
+        for i in cutlass.range_constexpr(steps * terms):
+            cute.gemm(ss, x.rS, x.tQRope[None, None, i % steps, i // steps], x.tRope[None, None, i % steps], x.rS)
         warpgroup.commit_group()
 
     @cute.jit
@@ -495,8 +553,8 @@ class UpcastDecode:
         tV, tP = w.make_fragment_B(w.partition_B(sV)), w.make_fragment_A(w.partition_A(smem.p))
         rO = cute.make_rmem_tensor(w.partition_shape_C((TILE, 256)), Float32)
         warp_idx = uniform(cute.arch.warp_idx())
-        block = smem.raw[2].toint() + (warp_idx - SCORE_WARPS) * BLOCK_BYTES
-        converter = Converter.make(warp_idx - SCORE_WARPS, smem.raw[0], block, base.box_tokens, smem.raw[1])
+        block = smem.raw[1].toint() + (warp_idx - SCORE_WARPS) * BLOCK_BYTES
+        converter = Converter.make(warp_idx - SCORE_WARPS, smem.raw[0], block, base.box_tokens, smem.raw[2])
         loads = self._value_loads(half, args, smem, bars, work, rows)
         cursor = loads.start()
         if const_expr(half == 0):
@@ -508,36 +566,36 @@ class UpcastDecode:
                     cursor = loads.request(cursor, stage)
                 for slot in cutlass.range(Q_SLOTS, unroll=1):
                     cursor = loads.wait_and_request(cursor, RingPos(slot, Int32(0)))
-        uses, tiles = Int32(Q_SLOTS), Int32(0)  # of raw slots; multiplied
+        uses, tiles = Int32(0), Int32(0)  # of raw slots; multiplied
         for it in cutlass.range(work.count, unroll=1):
             rO.fill(0.0)
-            first = position(uses)
+            first = position(tiles)
             cute.arch.mbarrier_wait(bars.slot_full + first.stage, first.phase)  # the item's record has landed too
             item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
             self._sync(half)  # no warp multiplies the item before any more
-            ahead = cutlass.min(item.first + TILES, item.end)
+            ahead, uses = cutlass.min(item.first + TILES, item.end), uses + Q_SLOTS
             for tile in cutlass.range(item.first, ahead, unroll=1):
-                pos, place = position(uses), tiles + tile - item.first & 1
+                pos = position(tiles + tile - item.first)
                 cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-                self._convert(converter, pos.stage, place, 0)
-                self._convert(converter, pos.stage, place, 1)
-                self._release(converter, bars, pos.stage, place, item.seqlen - tile * TILE)
+                self._convert(converter, pos.stage, 0)
+                self._convert(converter, pos.stage, 1)
+                self._release(converter, bars, pos.stage, item.seqlen - tile * TILE)
                 cursor = self._refill(half, loads, cursor, warp_idx, uses)
                 uses += 1
             cursor = self._feed(half, loads, cursor, warp_idx, tiles)  # V2, of the item's second tile
             for tile in cutlass.range(ahead, item.end, unroll=1):
-                pos, place = position(uses), tiles & 1
-                self._accumulate(rO, tP, tV[None, None, None, place], smem, bars, tiles)  # V1, of tile - 2
+                pos = position(tiles + TILES)
+                self._accumulate(rO, tP, tV[None, None, None, pos.stage], smem, bars, tiles)  # V1, of tile - 2
                 cursor = self._feed(half, loads, cursor, warp_idx, tiles + 1)  # V2
                 cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)  # V3
                 warpgroup.wait_group(1)
                 self._sync(half)
-                self._convert(converter, pos.stage, place, 0)
+                self._convert(converter, pos.stage, 0)
                 warpgroup.wait_group(0)
                 arrive(bars.p_empty, lanes)  # V4
                 self._sync(half)
-                self._convert(converter, pos.stage, place, 1)
-                self._release(converter, bars, pos.stage, place, item.seqlen - tile * TILE)
+                self._convert(converter, pos.stage, 1)
+                self._release(converter, bars, pos.stage, item.seqlen - tile * TILE)
                 cursor = self._refill(half, loads, cursor, warp_idx, uses)  # V5
                 uses, tiles = uses + 1, tiles + 1
             for tile in cutlass.range(item.end - ahead + item.first, item.end, unroll=1):  # the last ones
@@ -550,10 +608,9 @@ class UpcastDecode:
             row = fragment_row(thread_in_warpgroup())
             inv_sum = (smem.inv_sum[row, it & 1], smem.inv_sum[row + 8, it & 1])
             store_item_o(base, half, rO, inv_sum, args.result, item, item_rows)
-            for _ in cutlass.range(Q_SLOTS, unroll=1):  # the next item's q, which SCORE reads meanwhile
+            for slot in cutlass.range(Q_SLOTS, unroll=1):  # the next item's q, which SCORE reads meanwhile
                 if it + 1 < work.count:
-                    cursor = self._refill(half, loads, cursor, warp_idx, uses)
-                uses += 1
+                    cursor = self._refill(half, loads, cursor, warp_idx, uses + slot)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
         """what the role's first warp requests: VALUE_LEFT's feeds rope and that of q, VALUE_RIGHT's refills the ring"""
@@ -562,9 +619,9 @@ class UpcastDecode:
             rope = cache_load(base, args.rope, rows, smem.rope, bars.rope_full)
             q_rope = query_load(base, args.q_rope, rows, smem.q_rope_raw, bars.q_rope_full)
             return Feed(rope, q_rope, None, base.page, args.block_table, work, bars.rope_empty)
-        scales = cache_load(base, args.scales, rows, smem.scales, full)
+        scales = cache_load(base, args.scales, rows, smem.scales, full) if self.config.kv.scales else None
         tile = PairLoad(cache_load(base, args.latent, rows, smem.ring, full), scales)
-        q = query_load(base, args.q, rows, smem.q, full)
+        q = query_load(base, args.q, rows, smem.q, bars.q_full)
         return Refill(q, tile, base.page, args.block_table, work, smem.item, bars.slot_empty, Q_SLOTS)
 
     @cute.jit
@@ -588,19 +645,19 @@ class UpcastDecode:
         cute.arch.barrier(barrier_id=NamedBarrier.MULTIPLIED + half, number_of_threads=128)
 
     @cute.jit
-    def _convert(self, converter: Converter, stage: Int32, tile: Int32, part: Constexpr[int]):
-        """32 tokens"""
-        converter.run(stage, tile * TILE_BYTES + part * (UNIT_TOKENS * 128), part)
+    def _convert(self, converter: Converter, stage: Int32, part: Constexpr[int]):
+        """32 tokens of the tile in raw slot `stage`, whose place among the converted tiles has the same number"""
+        converter.run(stage, stage * TILE_BYTES + part * (UNIT_TOKENS * 128), part)
 
     @cute.jit
-    def _release(self, converter: Converter, bars: Barriers, stage: Int32, tile: Int32, valid: Int32):
+    def _release(self, converter: Converter, bars: Barriers, stage: Int32, valid: Int32):
         """the slot has been read, the tile is converted"""
         lanes = self.config.base.lane_arrivals
         cute.arch.sync_warp()
         arrive(bars.slot_empty + stage, lanes)
         if valid < TILE:
-            converter.zero_rows((tile * TILE_BYTES, tile * TILE_BYTES + UNIT_TOKENS * 128), valid)
-        publish(bars.tile_full + tile, lanes)
+            converter.zero_rows((stage * TILE_BYTES, stage * TILE_BYTES + UNIT_TOKENS * 128), valid)
+        publish(bars.tile_full + stage, lanes)
 
     @cute.jit
     def _accumulate(self, rO, tP, tV, smem: Smem, bars: Barriers, tiles: Int32):
@@ -633,5 +690,5 @@ class FakeArgs:
         from cutlass.cute.runtime import make_fake_tensor
 
         stride = (*(cute.sym_int64(divisibility=16) for _ in range(3)), 1)  # in bytes, what TMA needs
-        shape = (*cache.shape[:3], config.kv.bytes_per_token)
-        return cls(q, q_rope, make_fake_tensor(Uint8, shape, stride=stride, assumed_align=16))
+        shape, dtype = (*cache.shape[:3], config.kv.bytes_per_token), Uint8 if config.kv.scales else F8
+        return cls(q, q_rope, make_fake_tensor(dtype, shape, stride=stride, assumed_align=16))

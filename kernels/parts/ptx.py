@@ -41,6 +41,12 @@ def scaled_halves(pair, scale, dtype):
     return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, scale])
 
 
+def scaled_f16(pair, scale):
+    """a pair of f16 times a power of two that is an f16"""
+    code = "{ .reg .b32 s; cvt.rn.f16x2.f32 s, {$r1}, {$r1}; mul.rn.f16x2 {$w0}, {$r0}, s; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, scale])
+
+
 _HIGH = "cvt.rn.satfinite.e4m3x2.f16x2 a, {$r0}; cvt.rn.satfinite.e4m3x2.f16x2 b, {$r1}; mov.b32 {$w0}, {a, b}; "
 _LOW = "cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b; sub.f16x2 x, {$r0}, x; sub.f16x2 y, {$r1}, y; "
 _LOW += "cvt.rn.satfinite.e4m3x2.f16x2 a, x; cvt.rn.satfinite.e4m3x2.f16x2 b, y; mov.b32 {$w1}, {a, b}; "
