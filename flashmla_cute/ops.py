@@ -70,8 +70,8 @@ class MergeOp:
 
 
 class Fp8DecodeOp:
-    """DecodeOp over an e4m3 cache: followed by its scale, 1 where tokens have scales of their own, and that of q where q is
-    e4m3 too (otherwise any tensor)"""
+    """DecodeOp over an e4m3 cache: followed by its scale, and that of q where q is e4m3 too (otherwise any tensor; both, where
+    tokens have scales of their own)"""
 
     name = "fp8_decode"
 
@@ -102,7 +102,7 @@ class Fp8DecodeOp:
         result, queries, softmax = dense_decode.Outputs(out, lse, o_split, lse_split), (q, q_rope), (softmax_scale, sink)
         if const_expr(isinstance(self.config, UpcastConfig)):
             attention = upcast_decode.UpcastDecode(self.config)
-            attention(queries, cache, block_table, (items, parts), result, kv_scale, softmax, stream)
+            attention(queries, cache, block_table, (items, parts), result, softmax, stream)
         else:
             attention, scales = fp8_decode.Fp8Decode(self.config), fp8_decode.Scales(kv_scale, q_scale)
             attention(queries, cache, block_table, (items, parts), result, scales, softmax, stream)

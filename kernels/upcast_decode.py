@@ -49,7 +49,7 @@ from enum import IntEnum
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -58,7 +58,7 @@ from .parts.convert import UNIT_TOKENS, Converter, power_of_two
 from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import PairLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
-from .parts.ptx import max_magnitude, opaque, scaled_f16, scaled_halves, two_terms, uniform
+from .parts.ptx import max_magnitude, opaque, scaled_f16, scaled_halves, uniform
 from .parts.requests import Feed, Refill
 from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
 from .parts.rows import RowTile, num_row_tiles
@@ -67,9 +67,8 @@ from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
 from .parts.tiles import BLOCK, TYPES, column_blocks, fragment_row, swizzled, thread_in_warpgroup
 from .parts.work import RECORD, Work, record_of, record_slots
 
-F8 = Float8E4M3FN
 PAIRS = 256  # 16-bit columns of a raw slot
-SCALE_PAIRS, ROPE_PAIRS = SCALE_BYTES // 2, 32
+SCALE_PAIRS = SCALE_BYTES // 2
 Q_SLOTS, TILES = 2, 2  # raw slots of q; converted tiles
 BLOCKS, STEPS = 8, BLOCK // 16  # column blocks of k16, k-steps of a block
 REGISTER_STEPS = (BLOCKS - 1) * STEPS  # k-steps with q in registers; the others' q is in smem
@@ -94,13 +93,12 @@ class Args:
     q: TmaOperand  # latent columns, (head, query token, 64, 4 blocks a slot, request)
     q_rope: TmaOperand  # (head, query token, 64, 1, request)
     latent: TmaOperand  # (token, 64, 4, kv head, page), in 16-bit pairs of columns
-    scales: TmaOperand | None  # (token, 8, 1, kv head, page), in halves of an f32
-    rope: TmaOperand  # (token, 64, 1, kv head, page); flat: 32 pairs
+    scales: TmaOperand  # (token, 8, 1, kv head, page), in halves of an f32
+    rope: TmaOperand  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
     items: cute.Tensor  # (item, RECORD)
     parts: cute.Tensor  # (part, PART)
     result: Outputs
-    kv_scale: cute.Tensor  # (1,) f32; 1 where tokens have scales
     sink: cute.Tensor | None  # (head,)
     h_kv: Int32
     softmax_scale: Float32
@@ -110,14 +108,12 @@ class Args:
 class Smem:
     ring: cute.Tensor  # (row, 256, slot), pairs of e4m3
     q: cute.Tensor  # the same memory as q's 16-bit columns
-    scales: cute.Tensor | None  # (row, 8, slot)
+    scales: cute.Tensor  # (row, 8, slot)
     k: cute.Tensor  # (row, 512, tile)
-    rope: cute.Tensor  # (row, 64, 1), or flat pairs
-    rope8: cute.Tensor | None  # flat, the same memory
+    rope: cute.Tensor  # (row, 64, 1)
     q_last: cute.Tensor  # (row, 64, 1), q16 columns 448..511
-    q_rope: cute.Tensor  # (row, 64, 1) bf16; flat: (row, 64, term) e4m3
-    q_rope_raw: cute.Tensor  # (row, 64, 1), the same memory as TMA fills it
-    q_terms: cute.Tensor | None  # (row, 32, term), flat, the same memory in pairs
+    q_rope: cute.Tensor  # (row, 64, 1), bf16
+    q_rope_raw: cute.Tensor  # the same memory as TMA fills it
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
     inv_sum: cute.Tensor  # (row, item parity)
@@ -166,27 +162,19 @@ def mma_qk(dtype, q_source):
     return warpgroup.MmaF16BF16Op(dtype, Float32, (TILE, TILE, 16), q_source, OperandMajorMode.K, OperandMajorMode.K)
 
 
-def mma_rope(config):
-    """of both operands as they are"""
-    if config.kv.scales:
-        return mma_qk(BFloat16, SMEM)
-    return warpgroup.MmaF8Op(F8, F8, Float32, (TILE, TILE, 32), SMEM, OperandMajorMode.K, OperandMajorMode.K)
-
-
 def mma_pv():
     return warpgroup.MmaF16BF16Op(Float16, Float32, (TILE, 256, 16), SMEM, OperandMajorMode.K, OperandMajorMode.MN)
 
 
 def allocate(config):
     elements = lambda n: cute.struct.Align[cute.struct.MemRange[Float16, n], 1024]
-    scaled, by_rows = config.kv.scales > 0, config.base.box_tokens < TILE
 
     @cute.struct
     class Storage:
         ring: elements(config.stages * TILE * PAIRS)
-        scales: elements(config.stages * TILE * SCALE_PAIRS if scaled else 0)
+        scales: elements(config.stages * TILE * SCALE_PAIRS)
         k: elements(TILES * TILE * 2 * PAIRS)
-        rope: elements(TILE * BLOCK if scaled else TILE * ROPE_PAIRS)
+        rope: elements(TILE * BLOCK)
         q_last: elements(TILE * BLOCK)
         q_rope: elements(TILE * BLOCK)
         p: elements(TILE * TILE)
@@ -205,22 +193,20 @@ def allocate(config):
         swizzled(t, *shape, **by)
     )
     smem = Smem(
-        ring=view(storage.ring, Float16, TILE, PAIRS, n, by_rows=by_rows),
+        ring=view(storage.ring, Float16, TILE, PAIRS, n, by_rows=config.base.box_tokens < TILE),
         q=view(storage.ring, q_type, TILE, PAIRS, n),
-        scales=view(storage.scales, Float16, TILE, SCALE_PAIRS, n) if scaled else None,
+        scales=view(storage.scales, Float16, TILE, SCALE_PAIRS, n),
         k=view(storage.k, Float16, TILE, 2 * PAIRS, TILES),
-        rope=view(storage.rope, BFloat16, TILE, BLOCK, 1) if scaled else view(storage.rope, Float16, TILE, ROPE_PAIRS, 1),
-        rope8=None if scaled else view(storage.rope, F8, TILE, BLOCK, 1),
+        rope=view(storage.rope, BFloat16, TILE, BLOCK, 1),
         q_last=view(storage.q_last, Float16, TILE, BLOCK, 1),
-        q_rope=view(storage.q_rope, BFloat16, TILE, BLOCK, 1) if scaled else view(storage.q_rope, F8, TILE, BLOCK, 2),
+        q_rope=view(storage.q_rope, BFloat16, TILE, BLOCK, 1),
         q_rope_raw=view(storage.q_rope, q_type, TILE, BLOCK, 1),
-        q_terms=None if scaled else view(storage.q_rope, Float16, TILE, ROPE_PAIRS, 2),
         p=view(storage.p, Float16, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
         item=plain(storage.item, RECORD, record_slots(n)),
         anchor=plain(storage.anchor, SCORE_WARPS),
-        raw=(storage.ring.data_ptr(), storage.k.data_ptr(), storage.scales.data_ptr() if scaled else None),
+        raw=tuple(field.data_ptr() for field in (storage.ring, storage.scales, storage.k)),
     )
     return smem, Barriers.carve(config, storage.bars.data_ptr())
 
@@ -231,23 +217,23 @@ class ScoreTiles:
     """operands of q k^T"""
 
     tQ: cute.Tensor  # (1, 1, 4): columns 448..511
-    tQRope: cute.Tensor  # (1, 1, 4, 1): columns 512..575; flat (1, 1, 2, term)
+    tQRope: cute.Tensor  # (1, 1, 4): columns 512..575
     tK: cute.Tensor  # (1, 1, 32, tile)
-    tRope: cute.Tensor  # (1, 1, 4); flat (1, 1, 2)
+    tRope: cute.Tensor  # (1, 1, 4)
     rQ: tuple  # 7 column blocks, 0..447
     rS: cute.Tensor
     rP: cute.Tensor
 
     @classmethod
-    def make(cls, config, smem):
-        f16, rope = (cute.make_tiled_mma(mma).get_slice(0) for mma in (mma_qk(Float16, SMEM), mma_rope(config)))
+    def make(cls, smem):
+        f16, bf16 = (cute.make_tiled_mma(mma_qk(dtype, SMEM)).get_slice(0) for dtype in (Float16, BFloat16))
         rs, acc = cute.make_tiled_mma(mma_qk(Float16, RMEM)), f16.partition_shape_C((TILE, TILE))
         make_a, make_b = lambda w, s: w.make_fragment_A(w.partition_A(s)), lambda w, s: w.make_fragment_B(w.partition_B(s))
         return cls(
             tQ=make_a(f16, smem.q_last[None, None, 0]),
-            tQRope=make_a(rope, smem.q_rope),
+            tQRope=make_a(bf16, smem.q_rope[None, None, 0]),
             tK=make_b(f16, smem.k),
-            tRope=make_b(rope, (smem.rope if config.kv.scales else smem.rope8)[None, None, 0]),
+            tRope=make_b(bf16, smem.rope[None, None, 0]),
             rQ=tuple(cute.make_rmem_tensor(rs.partition_shape_A((TILE, BLOCK)), Float16) for _ in range(BLOCKS - 1)),
             rS=cute.make_rmem_tensor(acc, Float32),
             rP=cute.make_rmem_tensor(acc, Float16),
@@ -273,31 +259,24 @@ class UpcastDecode:
         block_table: cute.Tensor,  # (request, page) int32
         work: tuple,  # items (item, RECORD), parts (part, PART), int32
         result: Outputs,
-        kv_scale: cute.Tensor,  # (1,) f32; 1 where tokens have scales
         softmax: tuple,  # scale, sink (head,) f32 or None
         stream,
     ):
         base, kv, (q, q_rope), (items, parts), (softmax_scale, sink) = self.config.base, self.config.kv, queries, work, softmax
         _, _, h_kv, _ = cache.shape
         _, s_q, h_q, _ = result.o_split.shape
-        pairs, scales = cute.recast_tensor(cache, Float16), None
-        if const_expr(kv.scales > 0):
-            scales = cache_operand(base, pairs, PAIRS, SCALE_PAIRS, 1)
-            rope = cache_operand(base, cute.recast_tensor(cache, BFloat16), kv.rope_byte // 2, kv.rope, 1)
-        else:
-            rope = cache_operand(base, pairs, PAIRS, ROPE_PAIRS, 1)
+        pairs, rope = cute.recast_tensor(cache, Float16), cute.recast_tensor(cache, BFloat16)
         rope_of, rope_column = (q_rope, 0) if base.q_pair else (q, kv.latent)
         args = Args(
             q=query_operand(base, q, 0, BLOCK, BLOCKS, BLOCKS // Q_SLOTS),
             q_rope=query_operand(base, rope_of, rope_column, kv.rope, 1),
             latent=cache_operand(base, pairs, 0, BLOCK, PAIRS // BLOCK),
-            scales=scales,
-            rope=rope,
+            scales=cache_operand(base, pairs, PAIRS, SCALE_PAIRS, 1),
+            rope=cache_operand(base, rope, kv.rope_byte // 2, kv.rope, 1),
             block_table=block_table,
             items=items,
             parts=parts,
             result=result,
-            kv_scale=kv_scale,
             sink=sink,
             h_kv=h_kv,
             softmax_scale=softmax_scale,
@@ -320,8 +299,7 @@ class UpcastDecode:
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
             for operand in (args.q, args.q_rope, args.latent, args.scales, args.rope):
-                if const_expr(operand is not None):
-                    cpasync.prefetch_descriptor(operand.atom)
+                cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
                 bars.init(self.config)
             cute.arch.mbarrier_init_fence()
@@ -349,16 +327,15 @@ class UpcastDecode:
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
         base, lanes = self.config.base, self.config.base.lane_arrivals
         rScale, rCap, rUnit = (cute.make_rmem_tensor(2, Float32) for _ in range(3))
-        x, softmax = ScoreTiles.make(self.config, smem), OnlineSoftmax.make(rScale, base.lazy_rescale)
+        x, softmax = ScoreTiles.make(smem), OnlineSoftmax.make(rScale, base.lazy_rescale)
         tiles = Int32(0)
-        kv_scale = args.kv_scale[0]
         for it in cutlass.range(work.count, unroll=1):
             for i in cutlass.range_constexpr(Q_SLOTS):
                 cute.arch.mbarrier_wait(bars.q_full + i, it & 1)
             cute.arch.mbarrier_wait(bars.q_rope_full, it & 1)
             item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
             self._load_q(x, rUnit, smem, bars, (tiles & 1, tiles & 1 ^ 1))
-            self._set_scales(rScale, rCap, rUnit, args.softmax_scale * kv_scale)
+            self._set_scales(rScale, rCap, rUnit, args.softmax_scale)
             mask = Mask(item_rows, item.seqlen, base.causal, base.options.window)
             clear = mask.clear()
             softmax.reset()
@@ -382,8 +359,6 @@ class UpcastDecode:
             softmax.step(x.rS, x.rP)
             inv_sum = softmax.finalize()
             join_sink(base, inv_sum, softmax, args.sink, item, item_rows)
-            for r in cutlass.range_constexpr(2):
-                inv_sum[r] = inv_sum[r] * kv_scale
             self._store_p(x.rP, softmax.rescale, smem, bars, tiles)
             store_row_values(inv_sum, smem.inv_sum[None, it & 1])
             publish(bars.p_full, lanes)
@@ -409,50 +384,22 @@ class UpcastDecode:
         load(sRope, r)
         self._most(most, r)
         scales = [self._row_scale(most[row], rUnit, row) for row in range(2)]
-        self._store_q_rope(x.rP.shape, r, scales, smem)
+        bf16 = cute.make_rmem_tensor(x.rP.shape, BFloat16)
+        for i in cutlass.range_constexpr(cute.size(r)):
+            bf16[i] = (r[i].to(Float32) * scales[i // 2 % 2]).to(BFloat16)
+        cute.arch.sync_warp()  # (a warp's rows are its own)
+        store_fragment(bf16, smem.q_rope[None, None, 0], cute.make_tiled_mma(mma_qk(BFloat16, SMEM)))
         for j in cutlass.range_constexpr(BLOCKS):
             load(sQ[None, None, j % 4, stages[j // 4]], r)
             words, f16 = cute.recast_tensor(r, Int32), cute.recast_tensor(x.rP if j == BLOCKS - 1 else x.rQ[j], Int32)
             for i in cutlass.range_constexpr(cute.size(words)):
-                f16[i] = self._halves(words[i], scales[i % 2])
+                scale = scales[i % 2]
+                f16[i] = scaled_f16(words[i], scale) if dtype is Float16 else scaled_halves(words[i], scale, dtype)
         store_fragment(x.rP, smem.q_last[None, None, 0], cute.make_tiled_mma(mma_qk(Float16, SMEM)))
         cute.arch.fence_proxy("async.shared", space="cta")
-        self._sync_score()
+        cute.arch.barrier(barrier_id=NamedBarrier.QUERY, number_of_threads=32 * SCORE_WARPS)
         for stage in stages:
             arrive(bars.slot_empty + stage, self.config.base.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
-
-    @cute.jit
-    def _store_q_rope(self, shape: Constexpr, r, scales, smem: Smem):
-        """the rope columns times 2^n to where they came from: in bf16, or as two e4m3 terms, which hold a bf16 exactly"""
-        if const_expr(self.config.kv.scales > 0):
-            bf16 = cute.make_rmem_tensor(shape, BFloat16)
-            for i in cutlass.range_constexpr(cute.size(r)):
-                bf16[i] = (r[i].to(Float32) * scales[i // 2 % 2]).to(BFloat16)
-            cute.arch.sync_warp()  # (a warp's rows are its own)
-            mma = cute.make_tiled_mma(mma_qk(BFloat16, SMEM))
-            store_fragment(bf16, smem.q_rope[None, None, 0], mma)
-        else:
-            words, terms = cute.recast_tensor(r, Int32), cute.make_rmem_tensor(2, Int32)
-            tid = thread_in_warpgroup()
-            self._sync_score()  # (the terms' rows are half as wide: they lie where another warp's were)
-            for i in cutlass.range_constexpr(0, cute.size(words), 4):
-                for row in cutlass.range_constexpr(2):
-                    pairs = (self._halves(words[i + row], scales[row]), self._halves(words[i + 2 + row], scales[row]))
-                    terms[0], terms[1] = two_terms(*pairs)
-                    halves = cute.recast_tensor(terms, Float16)
-                    for term in cutlass.range_constexpr(2):
-                        for g in cutlass.range_constexpr(2):
-                            at = (fragment_row(tid) + 8 * row, 2 * i + 4 * g + tid % 4, term)
-                            smem.q_terms[at] = halves[2 * term + g]
-
-    def _halves(self, pair, scale):
-        """a pair of q's columns, in 16 bits, times a power of two -> f16"""
-        dtype = TYPES[self.config.base.kv.dtype]
-        return scaled_f16(pair, scale) if dtype is Float16 else scaled_halves(pair, scale, dtype)
-
-    @cute.jit
-    def _sync_score(self):
-        cute.arch.barrier(barrier_id=NamedBarrier.QUERY, number_of_threads=32 * SCORE_WARPS)
 
     def _most(self, most, block):
         words = cute.recast_tensor(block, Int32)
@@ -473,11 +420,11 @@ class UpcastDecode:
         return scale
 
     @cute.jit
-    def _set_scales(self, rScale, rCap, rUnit, scale: Float32):
-        """scale: of a row's scores beside its own; rScale: of what the softmax gets; rCap: see soft_cap"""
+    def _set_scales(self, rScale, rCap, rUnit, softmax_scale: Float32):
+        """rScale: of what the softmax gets; rCap: see soft_cap"""
         cap = self.config.base.options.softcap
         for r in cutlass.range_constexpr(2):
-            to_score = rUnit[r] * scale
+            to_score = rUnit[r] * softmax_scale
             rScale[r] = to_score * LOG2_E if const_expr(cap == 0.0) else Float32(cap * LOG2_E)
             if const_expr(cap > 0.0):
                 rCap[r] = to_score * (2 * LOG2_E / cap)
@@ -506,7 +453,7 @@ class UpcastDecode:
     @cute.jit
     def _close_qk(self, x: ScoreTiles, bars: Barriers, tiles: Int32):
         """S4, in two commit groups: the end of the first one is the cue for p k16"""
-        ss, stage = cute.make_mma_atom(mma_rope(self.config)), position(tiles).stage
+        ss, stage = cute.make_mma_atom(mma_qk(BFloat16, SMEM)), position(tiles).stage
         ss.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         self._register_steps(x, stage, OPEN_STEPS, REGISTER_STEPS - 1)
@@ -514,9 +461,8 @@ class UpcastDecode:
         self._register_steps(x, stage, REGISTER_STEPS - 1, REGISTER_STEPS)
         cute.arch.mbarrier_wait(bars.rope_full, tiles & 1)
         warpgroup.fence()
-        steps, terms = cute.size(x.tQRope, mode=[2]), cute.size(x.tQRope, mode=[3])
-        for i in cutlass.range_constexpr(steps * terms):
-            cute.gemm(ss, x.rS, x.tQRope[None, None, i % steps, i // steps], x.tRope[None, None, i % steps], x.rS)
+        for k in cutlass.range_constexpr(STEPS):
+            cute.gemm(ss, x.rS, x.tQRope[None, None, k], x.tRope[None, None, k], x.rS)
         warpgroup.commit_group()
 
     @cute.jit
@@ -553,8 +499,9 @@ class UpcastDecode:
         tV, tP = w.make_fragment_B(w.partition_B(sV)), w.make_fragment_A(w.partition_A(smem.p))
         rO = cute.make_rmem_tensor(w.partition_shape_C((TILE, 256)), Float32)
         warp_idx = uniform(cute.arch.warp_idx())
-        block = smem.raw[1].toint() + (warp_idx - SCORE_WARPS) * BLOCK_BYTES
-        converter = Converter.make(warp_idx - SCORE_WARPS, smem.raw[0], block, base.box_tokens, smem.raw[2])
+        ring, scales, k = smem.raw
+        block = k.toint() + (warp_idx - SCORE_WARPS) * BLOCK_BYTES
+        converter = Converter.make(warp_idx - SCORE_WARPS, ring, block, base.box_tokens, scales)
         loads = self._value_loads(half, args, smem, bars, work, rows)
         cursor = loads.start()
         if const_expr(half == 0):
@@ -619,7 +566,7 @@ class UpcastDecode:
             rope = cache_load(base, args.rope, rows, smem.rope, bars.rope_full)
             q_rope = query_load(base, args.q_rope, rows, smem.q_rope_raw, bars.q_rope_full)
             return Feed(rope, q_rope, None, base.page, args.block_table, work, bars.rope_empty)
-        scales = cache_load(base, args.scales, rows, smem.scales, full) if self.config.kv.scales else None
+        scales = cache_load(base, args.scales, rows, smem.scales, full)
         tile = PairLoad(cache_load(base, args.latent, rows, smem.ring, full), scales)
         q = query_load(base, args.q, rows, smem.q, bars.q_full)
         return Refill(q, tile, base.page, args.block_table, work, smem.item, bars.slot_empty, Q_SLOTS)
@@ -690,5 +637,5 @@ class FakeArgs:
         from cutlass.cute.runtime import make_fake_tensor
 
         stride = (*(cute.sym_int64(divisibility=16) for _ in range(3)), 1)  # in bytes, what TMA needs
-        shape, dtype = (*cache.shape[:3], config.kv.bytes_per_token), Uint8 if config.kv.scales else F8
-        return cls(q, q_rope, make_fake_tensor(dtype, shape, stride=stride, assumed_align=16))
+        shape = (*cache.shape[:3], config.kv.bytes_per_token)
+        return cls(q, q_rope, make_fake_tensor(Uint8, shape, stride=stride, assumed_align=16))

@@ -97,11 +97,10 @@ class TmaLoad:
 
 @dataclass(frozen=True)
 class PairLoad:
-    """two loads that fill a slot together, such as the latent and the rope columns of a tile; or one, in a loop that is not
-    unrolled"""
+    """two loads that fill a slot together, such as the latent and the rope columns of a tile"""
 
     first: TmaLoad
-    second: TmaLoad | None
+    second: TmaLoad
 
     @cute.jit
     def start(self, index: Int32, slot: Int32, part=0):
@@ -111,13 +110,12 @@ class PairLoad:
 
     @cute.jit
     def start_tile(self, span: "PageSpan", tile: Int32, slot: Int32):
-        self.first.expect(slot, self.second.num_bytes if const_expr(self.second is not None) else 0)
+        self.first.expect(slot, self.second.num_bytes)
         boxes = cute.size(self.first.dst, mode=[1])
         for i in cutlass.range(boxes, unroll=1):  # (unrolled for boxes of 8 tokens: 40 bytes of spills)
             row, page = span.locate(tile, i, TILE // boxes)
             self.first.copy(row, page, i, slot)
-            if const_expr(self.second is not None):
-                self.second.copy(row, page, i, slot)
+            self.second.copy(row, page, i, slot)
 
 
 # ---------------------------------------------------------------------- q and cache
