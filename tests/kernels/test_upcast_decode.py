@@ -185,7 +185,7 @@ def test_magnitude_of_q_does_not_matter(exponent):
 def test_large_scores():
     problem = make(Case((700, 0, 65, 3000), 128, s_q=2, gain=10.0))
     errors = problem.errors(*problem.run())
-    assert not errors.where and errors.rel <= 1e-2 and errors.lse <= 5e-4 * problem.lse.max().item(), errors
+    assert not errors.where and errors.rel <= 1e-2 and errors.lse <= 1e-3 * problem.lse.max().item(), errors
 
 
 @both_dtypes
