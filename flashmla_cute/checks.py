@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .kernels.config import DIMS, FORMATS, FP8_FORMATS, KVFormat
+from .kernels.config import DIMS, FORMATS, FP8_FORMATS, SCALED_FORMATS, KVFormat
 
 DTYPES = {getattr(torch, name): fmt for name, fmt in FORMATS.items()}
 FP8_DTYPES = {getattr(torch, name): fmt for name, fmt in FP8_FORMATS.items()}
-POOL_DTYPES = {**DTYPES, **FP8_DTYPES}
+POOL_DTYPES = (*DTYPES, *FP8_DTYPES, torch.uint8)  # the last: e4m3 numbers among scales and bf16
 ALIGNMENT = 16  # bytes: what TMA and 16-byte loads need of bases and strides
 tracing = torch.compiler.is_compiling
 
@@ -106,10 +106,18 @@ def has_vector_strides(name: str, tensor: torch.Tensor):
         raise ValueError(f"{name}.data_ptr() is {tensor.data_ptr():#x}; allowed: a multiple of {ALIGNMENT} bytes")
 
 
-def format_of(name: str, pool: torch.Tensor, latent: int | None = None) -> KVFormat:
-    """how a token lies in `pool`; latent: None finds it by the width of a token, unique among the pairs of the table"""
+def format_of(name: str, pool: torch.Tensor, latent: int | None = None, scales: int | None = None) -> KVFormat:
+    """How a token lies in `pool`.  latent: None finds it by the width of a token, unique among the pairs of the table; scales:
+    of a token in a pool of bytes, None: 4."""
     has_dtype(name, pool, *POOL_DTYPES)
     width = pool.shape[-1] if pool.dim() else 0
+    if pool.dtype == torch.uint8:
+        kv = SCALED_FORMATS[scales or 4]
+        need(latent in (None, kv.latent), "latent", latent, f"{kv.latent} in a pool of bytes")
+        allowed = f"a last axis of {kv.bytes_per_token} bytes: {kv.latent} e4m3, 4 float32 scales, {kv.rope} bfloat16"
+        need(width == kv.bytes_per_token, f"{name}.shape", tuple(pool.shape), allowed)
+        return kv
+    need(not scales, "scales", scales, f"0 or None with a pool of {pool.dtype}")
     fp8 = FP8_DTYPES.get(pool.dtype)
     dims = [(fp8.latent, fp8.rope)] if fp8 else DIMS
     pairs = [pair for pair in dims if sum(pair) == width and latent in (None, pair[0])]

@@ -1,6 +1,6 @@
 """Shapes and card -> how the kernel is specialised and how many CTAs it gets.  Pure integers: no torch, no GPU."""
 
-from .kernels.config import PLAIN, DecodeOptions, Fp8Config, KVFormat, MLAConfig
+from .kernels.config import PLAIN, DecodeOptions, Fp8Config, KVFormat, MLAConfig, UpcastConfig
 from .kernels.parts.rows import num_row_tiles
 
 
@@ -36,8 +36,10 @@ def decode_config(
     )
 
 
-def fp8_config(base: MLAConfig, kv: KVFormat, q_dtype: str, q_terms: int) -> Fp8Config:
+def fp8_config(base: MLAConfig, kv: KVFormat, q_dtype: str, q_terms: int) -> Fp8Config | UpcastConfig:
     """The decode `base`, which is over a cache in the type of out, over an e4m3 cache `kv`."""
+    if kv.scales:
+        return UpcastConfig(base=base)  # (one kernel for any number of scales)
     q_terms = 1 if q_dtype == kv.dtype else q_terms
     # (a second term takes the shared memory of the third unit)
     v_units, open_steps = (2, 16) if q_terms == 2 else (3, 6)

@@ -6,7 +6,12 @@ import torch
 
 from . import checks, torch_ops
 from .checks import need
-from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP
+from .kernels.config import DIMS, MAX_PAGE, PAGE_STEP, SCALED_FORMATS
+
+
+def _need_scales(scales, dtype: torch.dtype):
+    need(scales in (0, *SCALED_FORMATS), "scales", scales, f"0, {' or '.join(map(str, SCALED_FORMATS))}")
+    need(not scales or dtype in checks.FP8_DTYPES, "scales", scales, f"0 with dtype {dtype}")
 
 
 class Identity:
@@ -23,11 +28,16 @@ class PagedKVCache:
                    past its end are never read
     cache_seqlens  [batch] int32: tokens of each request, 0 allowed; may change between steps, on the device
 
-    A pool may also be e4m3, of 512 + 64 columns.  Then
+    A pool may also be e4m3, of 512 + 64 columns (576 bytes).  Then
     scale          is what its numbers are multiplied by: a number, or a float32 tensor of one element on the device, which
                    every launch reads anew; None: 1.  That suits latents and rope keys as models make them, normalised: e4m3
                    has the same relative error from 2^-6 to 448.
     q_scale        is the same of a q that is e4m3 too
+
+    Or its tokens have scales of their own: a pool of bytes, [num_pages, page, num_kv_heads, 656] uint8, of each token 512 e4m3
+    numbers, 4 float32 scales, what each 128 of them are multiplied by, and 64 bf16 rope columns (vLLM's fp8_ds_mla).
+    scales         4, or 1: `append` then writes four equal ones, what all 512 are multiplied by.  Either is read alike.
+    Numbers times their scale are taken as f16 (11 bits, up to 65504): normalised latents are far from its ends.
     """
 
     def __init__(
@@ -39,6 +49,7 @@ class PagedKVCache:
         latent: int | None = None,
         scale: torch.Tensor | float | None = None,
         q_scale: torch.Tensor | float | None = None,
+        scales: int | None = None,
     ):
         for name, tensor in (("pool", pool), ("block_table", block_table), ("cache_seqlens", cache_seqlens)):
             checks.is_tensor(name, tensor)
@@ -46,7 +57,8 @@ class PagedKVCache:
         if pool.dim() == 3:  # engines keep one kv head without its axis
             pool = pool.unsqueeze(2)
         checks.has_shape("pool", pool, (None, None, None, None), "(pages, page, kv heads, latent + rope)")
-        kv = checks.format_of("pool", pool, latent)
+        need(scales in (None, 0, *SCALED_FORMATS), "scales", scales, f"0, None, {' or '.join(map(str, SCALED_FORMATS))}")
+        kv = checks.format_of("pool", pool, latent, scales)
         need(
             pool.shape[1] % PAGE_STEP == 0 and PAGE_STEP <= pool.shape[1] <= MAX_PAGE,
             "pool.shape[1]",
@@ -71,6 +83,8 @@ class PagedKVCache:
             self.q_scale = checks.as_scale("q_scale", q_scale, pool.device)
         for name, given in (("scale", scale), ("q_scale", q_scale)):
             need(self.scale is not None or given is None, name, given, f"None with a pool of {pool.dtype}")
+        if kv.scales:
+            self.scale = self.q_scale = checks.as_scale("scale", None, pool.device)
         self.identity = Identity()
         self._free: list[int] | None = None  # page ids; only a cache that allocated its pool hands out pages
         self._lengths: list[int] = []
@@ -87,12 +101,13 @@ class PagedKVCache:
         latent: int | None = None,
         scale: torch.Tensor | float | None = None,
         q_scale: torch.Tensor | float | None = None,
+        scales: int | None = None,
     ) -> "PagedKVCache":
         """A cache over the caller's tensors, without a copy; pool may also be [num_pages, page, latent + rope].
 
-        latent: how many of a token's columns are latent; None: known by their number.  scale, q_scale: see the class.
+        latent: how many of a token's columns are latent; None: known by their number.  scale, q_scale, scales: see the class.
         Raises TypeError or ValueError that names the tensor, what was given and what is allowed."""
-        return cls(pool, block_table, cache_seqlens, latent=latent, scale=scale, q_scale=q_scale)
+        return cls(pool, block_table, cache_seqlens, latent=latent, scale=scale, q_scale=q_scale, scales=scales)
 
     @classmethod
     def allocate(
@@ -107,22 +122,34 @@ class PagedKVCache:
         rope: int = 64,
         dtype: torch.dtype = torch.bfloat16,
         scale: torch.Tensor | float | None = None,
+        scales: int = 0,
         device: torch.device | str = "cuda",
     ) -> "PagedKVCache":
         """An empty cache of `num_pages` pages of `page` tokens for up to `batch` requests of up to `max_seqlen` tokens each.
 
-        The pool is not cleared: slots past a request's length may hold anything, also NaN."""
-        need(dtype in checks.POOL_DTYPES, "dtype", dtype, " or ".join(map(str, checks.POOL_DTYPES)))
+        scales: 4 or 1 of a token, in e4m3; 0: none, and `scale` is that of the whole e4m3 cache.  The pool is not cleared:
+        slots past a request's length may hold anything, also NaN."""
+        dtypes = (*checks.DTYPES, *checks.FP8_DTYPES)
+        need(dtype in dtypes, "dtype", dtype, " or ".join(map(str, dtypes)))
+        _need_scales(scales, dtype)
         sizes = dict(num_pages=num_pages, batch=batch, max_seqlen=max_seqlen, num_kv_heads=num_kv_heads, page=page)
         for name, value in sizes.items():
             need(isinstance(value, int) and value > 0, name, value, "a positive integer")
         need((latent, rope) in DIMS, "(latent, rope)", (latent, rope), f"one of {', '.join(map(str, DIMS))}")
+        row = (latent + rope, dtype)
+        if scales:
+            kv = SCALED_FORMATS[scales]
+            need(
+                (latent, rope) == (kv.latent, kv.rope), "(latent, rope)", (latent, rope), f"{(kv.latent, kv.rope)} with scales"
+            )
+            row = (kv.bytes_per_token, torch.uint8)
         cache = cls(
-            torch.empty(num_pages, page, num_kv_heads, latent + rope, dtype=dtype, device=device),
+            torch.empty(num_pages, page, num_kv_heads, row[0], dtype=row[1], device=device),
             torch.full((batch, -(-max_seqlen // page)), -1, dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
             latent=latent,
             scale=scale,
+            scales=scales,
         )
         cache._free = list(range(num_pages))[::-1]
         cache._lengths, cache._pages = [0] * batch, [[] for _ in range(batch)]
@@ -146,8 +173,15 @@ class PagedKVCache:
         return self.pool.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """of the latents"""
+        return torch.float8_e4m3fn if self.format.scales else self.pool.dtype
+
+    @property
     def query_dtypes(self) -> tuple[torch.dtype, ...]:
         """of q, and of tokens to append"""
+        if self.format.scales:
+            return tuple(checks.DTYPES)
         return (self.pool.dtype,) if self.scale is None else (*checks.DTYPES, self.pool.dtype)
 
     @property
@@ -161,7 +195,8 @@ class PagedKVCache:
 
         latent  [n, latent] or [n, num_kv_heads, latent], rope [n, rope] or [n, num_kv_heads, rope], of the pool's dtype; None
                 for rope where the cache has no such columns.  Into an e4m3 pool also bf16 or fp16: divided by the scale and
-                rounded; what is then beyond 448 becomes +-448, NaN stays NaN
+                rounded; what is then beyond 448 becomes +-448, NaN stays NaN.  Where tokens have scales, bf16 or fp16: each
+                scale is the largest finite magnitude among its columns / 448, at least 2^-126; fp16 rope becomes bf16
         slots   [n] int64: page id * page + row of each token; a negative or too large slot writes nothing.
         Lengths and block table stay as they are: `extend` moves those of an allocated cache and returns the slots."""
         checks.is_hopper("cache.pool", self.pool)
@@ -191,26 +226,42 @@ class PagedKVCache:
         """`append` of what was checked"""
         if self.scale is not None:
             if checks.tracing():
-                torch.ops.flashmla_cute.fp8_append(latent, rope, slots, self.pool, self.scale)
+                torch.ops.flashmla_cute.fp8_append(latent, rope, slots, self.pool, self.scale, self.format.scales)
             elif slots.shape[0] > 0:
-                torch_ops.fp8_append_function(latent, self.pool)(latent, rope, slots, self.pool, self.scale)
+                launch = torch_ops.fp8_append_function(latent, self.pool, self.format.scales)
+                launch(latent, rope, slots, self.pool, self.scale)
         elif checks.tracing():
             torch.ops.flashmla_cute.append(latent, rope, slots, self.pool, self.format.latent)
         elif slots.shape[0] > 0:
             torch_ops.append_function(self.pool, self.format.latent)(latent, rope, slots, self.pool)
 
-    def convert(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: torch.Tensor | float | None = None) -> "PagedKVCache":
+    def convert(
+        self,
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        scale: torch.Tensor | float | None = None,
+        *,
+        scales: int = 0,
+    ) -> "PagedKVCache":
         """A new cache in e4m3 of what this bf16 or fp16 one holds, over the same block table and lengths; on the GPU.
 
-        scale: of the new cache; None: the largest magnitude among the requests' tokens / 448, found on the device.  Slots of
-        the pool that belong to no request are converted too, whatever they hold."""
+        scales: 4 or 1 of each token, as `append` chooses them; 0: one for the cache.  scale: that one; None: the largest
+        magnitude among the requests' tokens / 448, found on the device.  Slots of the pool that belong to no request are
+        converted too, whatever they hold."""
         need(self.scale is None, "cache.pool.dtype", self.pool.dtype, " or ".join(map(str, checks.DTYPES)))
         need(dtype in checks.FP8_DTYPES, "dtype", dtype, " or ".join(map(str, checks.FP8_DTYPES)))
+        _need_scales(scales, dtype)
         checks.is_hopper("cache.pool", self.pool)
-        if scale is None:
-            scale = self.largest().clamp(min=2.0**-100) / 448
-        pool = torch.empty(self.pool.shape, dtype=dtype, device=self.device)
-        converted = PagedKVCache(pool, self.block_table, self.cache_seqlens, latent=self.format.latent, scale=scale)
+        kv, how = self.format, dict(latent=self.format.latent, scales=scales)
+        if scales:
+            row = SCALED_FORMATS[scales]
+            allowed = f"a cache of {(row.latent, row.rope)} columns"
+            need((kv.latent, kv.rope) == (row.latent, row.rope), "scales", scales, f"0, or {allowed}")
+            need(scale is None, "scale", scale, "None with scales")
+            pool = self.pool.new_empty(*self.pool.shape[:3], row.bytes_per_token, dtype=torch.uint8)
+        else:
+            how["scale"] = self.largest().clamp(min=2.0**-100) / 448 if scale is None else scale
+            pool = torch.empty(self.pool.shape, dtype=dtype, device=self.device)
+        converted = PagedKVCache(pool, self.block_table, self.cache_seqlens, **how)
         step, latent = max(1, 2**18 // self.page), self.format.latent
         for first in range(0, self.pool.shape[0], step):  # (pages of a padded pool have no flat token axis: parts are copied)
             rows = self.pool[first : first + step].flatten(0, 1)

@@ -13,17 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
 from . import resources
-from .kernels import append, combine, dense_decode, schedule
-from .kernels.config import MLAConfig
+from .kernels import append, combine, dense_decode, fp8_decode, schedule, upcast_decode
+from .kernels.config import Fp8Config, MLAConfig, UpcastConfig
+from .kernels.parts.tiles import BLOCK
 
 EIATTR_KPARAM_INFO, EIATTR_REQNTID = 0x17, 0x10
-MODULES = {"DenseDecode": dense_decode, "Combine": combine, "BuildSchedule": schedule, "Append": append}
+DECODE = {"DenseDecode": dense_decode, "Fp8Decode": fp8_decode, "UpcastDecode": upcast_decode}
+MODULES = {**DECODE, "Combine": combine, "BuildSchedule": schedule, "Append": append}
 SCALARS = {"i32": ("i32", 4), "i64": ("i64", 8), "f32": ("f32", 4), "ptr": ("pointer", 8), "ptr<1>": ("pointer", 8)}
 TENSOR_MAP_TYPE = "array<16 x i64>"
 ATTRIBUTES = {2: "cooperative", 6: "programmatic_stream_serialization"}  # of cudaLaunchAttributeID
 CLUSTER = 4  # cudaLaunchAttributeClusterDimension
 GRIDS = {
-    "DenseDecode": "x: 64-row tiles of a request (kernels/parts/rows.py: num_row_tiles); y: parts.shape[0]; z: 1",
+    **dict.fromkeys(DECODE, "x: 64-row tiles of a request (kernels/parts/rows.py: num_row_tiles); y: parts.shape[0]; z: 1"),
     "Combine": f"x: any; best ceil(w / {combine.WARPS}), w = min(max(u, min({combine.MERGE_GROUPS} u, {combine.SPREAD} SMs)), "
     f"{combine.CTAS_PER_SM * combine.WARPS} SMs), u = batch * query tokens * heads * 2 with float16 partials (* 4 with "
     "float32); y, z: 1",
@@ -218,7 +220,7 @@ def describe(op, compiled, cubin: bytes) -> list[dict]:
                 "preferred_smem_carveout": carveouts.get(launch.symbol),
                 "registers": kernel.registers,
                 "parameters": list(_parameters(op, kernel.name, launch, offsets[launch.symbol])),
-                "tensor_maps": tensor_maps(op.config) if kernel.name == "DenseDecode" else {},
+                "tensor_maps": tensor_maps(op.config) if kernel.name in DECODE else {},
             }
         )
     return described
@@ -246,6 +248,8 @@ def _absent(op) -> set[str]:
     optional = {"cu_seqlens_q": op.name == "ragged_schedule", "scale": op.name == "fp8_append"}
     if isinstance(op.config, MLAConfig):
         optional |= {"sink": op.config.sink, "q_rope": op.config.kv.rope > 0, "rope": op.config.kv.rope > 0}
+    elif isinstance(op.config, Fp8Config | UpcastConfig):
+        optional |= {"sink": op.config.base.sink}
     return {name for name, present in optional.items() if not present}
 
 
@@ -271,9 +275,11 @@ def _source(op, value: str):
     """(name, fake tensor) of the op's argument that a parameter is; (None, None) for one that the host code computes"""
     if not value.startswith("%arg"):
         return None, None
-    index, arguments = int(value.removeprefix("%arg")), op.fake_args()
     names = list(inspect.signature(type(op).__call__).parameters)[1:]
-    return names[index], arguments[index] if hasattr(arguments[index], "stride") else None
+    # (None is no argument of the host code)
+    given = [(name, fake) for name, fake in zip(names, op.fake_args()) if fake is not None]
+    name, fake = given[int(value.removeprefix("%arg"))]
+    return name, fake if hasattr(fake, "stride") else None
 
 
 def _modes(extents) -> list:
@@ -294,29 +300,65 @@ def _field_name(path: tuple[int, ...], kind: str, tensor) -> str:
     return f"{what}[{free[index]}]"
 
 
-def tensor_maps(config) -> dict[str, dict]:
-    """How the decode kernel's TMA descriptors are encoded, by parameter.  Extents and strides are in elements, as expressions
-    of the op's arguments; a box has as many elements along each axis as one instruction moves.  Axes of which it takes one
-    element come last, in the order in which the kernel gives coordinates.  tests/runtime/test_export.py holds the boxes to
-    those that the host code encodes."""
-    kv, blocks, last = config.kv, config.latent_blocks, config.kv.latent - dense_decode.BLOCK
+def tensor_maps(config: MLAConfig | Fp8Config | UpcastConfig) -> dict[str, dict]:
+    """How the decode kernel's TMA descriptors are encoded, by parameter and in the order of encoding.  `first_column` and
+    strides are in elements of the op's argument, as expressions of the arguments; extents and boxes in elements of
+    `element_type`, of which an e4m3 argument has half as many.  A box has as many along each axis as one instruction moves.
+    Axes of which it takes one element come last, in the order in which the kernel gives coordinates.
+    tests/runtime/test_export.py holds the boxes to those that the host code encodes."""
+    return {MLAConfig: _dense_maps, Fp8Config: _fp8_maps, UpcastConfig: _upcast_maps}[type(config)](config)
+
+
+def _dense_maps(config: MLAConfig) -> dict[str, dict]:
+    kv, blocks, last = config.kv, config.latent_blocks, config.kv.latent - BLOCK
+    make = lambda *what, **more: _tensor_map(kv.dtype, *what, **more)
     maps = {
-        "q.atom": _tensor_map(config, "q", 0, _query_axes(config, "q", blocks)),
-        "q_last.atom": _tensor_map(config, "q", last, _query_axes(config, "q", 1)),
-        "latent.atom": _tensor_map(config, "cache", 0, _cache_axes(config, blocks)),
+        "q.atom": make("q", 0, _query_axes(config, "q", blocks)),
+        "q_last.atom": make("q", last, _query_axes(config, "q", 1)),
+        "latent.atom": make("cache", 0, _cache_axes(config, blocks)),
     }
     if kv.rope:
         q_rope, first = ("q_rope", 0) if config.q_pair else ("q", kv.latent)
-        maps["q_rope.atom"] = _tensor_map(config, q_rope, first, _query_axes(config, q_rope, 1), kv.rope)
-        maps["rope.atom"] = _tensor_map(config, "cache", kv.latent, _cache_axes(config, 1), kv.rope)
+        maps["q_rope.atom"] = make(q_rope, first, _query_axes(config, q_rope, 1), columns=kv.rope)
+        maps["rope.atom"] = make("cache", kv.latent, _cache_axes(config, 1), columns=kv.rope)
     return {name: maps[name] for name in ("q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom") if name in maps}
+
+
+def _fp8_maps(config: Fp8Config) -> dict[str, dict]:
+    base, kv, slots = config.base, config.kv, config.q_slots
+    q_type, packed = (base.kv.dtype, 1) if slots == 2 else ("float16", 2)  # packed: elements of q in one of the map
+    q_rope, first = ("q_rope", 0) if base.q_pair else ("q", kv.latent)
+    blocks, half = kv.latent // (2 * BLOCK), kv.rope // 2
+    narrow = dict(columns=half, width=half, swizzle="64B")
+    return {
+        "q.atom": _tensor_map(q_type, "q", 0, _query_axes(base, "q", blocks * slots, blocks, BLOCK * packed)),
+        "q_rope.atom": _tensor_map(q_type, q_rope, first, _query_axes(base, q_rope, slots, 1, half), **narrow),
+        "latent.atom": _tensor_map("float16", "cache", 0, _cache_axes(base, blocks, 2 * BLOCK)),
+        "rope.atom": _tensor_map("float16", "cache", kv.latent, _cache_axes(base, 1), **narrow),
+    }
+
+
+def _upcast_maps(config: UpcastConfig) -> dict[str, dict]:
+    base, kv, q_type = config.base, config.kv, config.base.kv.dtype
+    q_rope, first = ("q_rope", 0) if base.q_pair else ("q", kv.latent)
+    halves = upcast_decode.SCALE_PAIRS
+    return {
+        "q.atom": _tensor_map(q_type, "q", 0, _query_axes(base, "q", kv.latent // BLOCK, kv.latent // BLOCK // 2)),
+        "q_rope.atom": _tensor_map(q_type, q_rope, first, _query_axes(base, q_rope, 1)),
+        "latent.atom": _tensor_map("float16", "cache", 0, _cache_axes(base, kv.latent // (2 * BLOCK), 2 * BLOCK)),
+        "scales.atom": _tensor_map(
+            "float16", "cache", kv.latent, _cache_axes(base, 1), columns=halves, width=halves, swizzle="none"
+        ),
+        "rope.atom": _tensor_map("bfloat16", "cache", kv.rope_byte, _cache_axes(base, 1)),
+    }
 
 
 def _axis(extent, stride, box: int = 1) -> dict:
     return {"extent": extent, "stride": stride, "box": box}
 
 
-def _query_axes(config, q: str, blocks: int) -> list[dict]:
+def _query_axes(config, q: str, blocks: int, box_blocks: int | None = None, step: int = BLOCK) -> list[dict]:
+    """step: elements of q from a column block to the next; box_blocks: default all"""
     heads, tokens = config.row_modes
     requests = 0 if config.ragged else 1  # axes before the query tokens
     shape, stride = (lambda i: f"{q}.shape[{i}]"), (lambda i: f"{q}.stride[{i}]")
@@ -325,26 +367,34 @@ def _query_axes(config, q: str, blocks: int) -> list[dict]:
         rows = [_axis(f"{shape(token)} * {shape(head)}", stride(head), heads)]
     else:
         rows = [_axis(shape(head), stride(head), heads), _axis(shape(token), stride(token), tokens)]
-    columns = [_axis(blocks, dense_decode.BLOCK, blocks)] if blocks > 1 else []
+    columns = [_axis(blocks, step, box_blocks or blocks)] if blocks > 1 else []
     return [*rows, *columns, *([_axis(shape(0), stride(0))] if requests else [])]
 
 
-def _cache_axes(config, blocks: int) -> list[dict]:
+def _cache_axes(config, blocks: int, step: int = BLOCK) -> list[dict]:
     outer = [_axis("cache.shape[2]", "cache.stride[2]"), _axis("cache.shape[0]", "cache.stride[0]")]
-    columns = [_axis(blocks, dense_decode.BLOCK, blocks)] if blocks > 1 else []
+    columns = [_axis(blocks, step, blocks)] if blocks > 1 else []
     return [_axis(config.page, "cache.stride[1]", config.box_tokens), *columns, *outer]
 
 
-def _tensor_map(config, argument: str, first_column: int, axes: list[dict], columns: int = dense_decode.BLOCK) -> dict:
-    """columns: of the innermost axis; a box has a whole block of them, those that are not there arrive as zeros"""
-    block = dense_decode.BLOCK
+def _tensor_map(
+    element_type: str,
+    argument: str,
+    first_column: int,
+    axes: list[dict],
+    *,
+    columns: int = BLOCK,
+    width: int = BLOCK,
+    swizzle: str = "128B",
+) -> dict:
+    """columns: of the innermost axis; width: of a box, columns that are not there arrive as zeros"""
     moved, single = [axis for axis in axes if axis["box"] > 1], [axis for axis in axes if axis["box"] == 1]
     return {
         "argument": argument,
         "first_column": first_column,
-        "element_type": config.kv.dtype,
-        "axes": [_axis(columns, 1, block), *moved, *single],
-        "swizzle": "128B",
+        "element_type": element_type,
+        "axes": [_axis(columns, 1, width), *moved, *single],
+        "swizzle": swizzle,
         "interleave": "none",
         "out_of_bounds": "zeros",
     }

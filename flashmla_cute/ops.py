@@ -1,11 +1,11 @@
 """The compiled entry points: what one call launches, and the symbolic arguments it is compiled from."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from .kernels import append, combine, dense_decode, fp8_decode, schedule
-from .kernels.config import Fp8AppendConfig, Fp8Config, MLAConfig, ScheduleConfig
+from .kernels import append, combine, dense_decode, fp8_decode, schedule, upcast_decode
+from .kernels.config import Fp8AppendConfig, Fp8Config, MLAConfig, ScheduleConfig, UpcastConfig
 
 
 def _stream():
@@ -70,11 +70,12 @@ class MergeOp:
 
 
 class Fp8DecodeOp:
-    """DecodeOp over an e4m3 cache: followed by its scale, and that of q where q is e4m3 too (otherwise any tensor)"""
+    """DecodeOp over an e4m3 cache: followed by its scale, and that of q where q is e4m3 too (otherwise any tensor; both, where
+    tokens have scales of their own)"""
 
     name = "fp8_decode"
 
-    def __init__(self, config: Fp8Config):
+    def __init__(self, config: Fp8Config | UpcastConfig):
         self.config = config
 
     @cute.jit
@@ -98,17 +99,22 @@ class Fp8DecodeOp:
         q_scale: cute.Tensor,
         stream,
     ):
-        result, scales = fp8_decode.Outputs(out, lse, o_split, lse_split), fp8_decode.Scales(kv_scale, q_scale)
-        attention = fp8_decode.Fp8Decode(self.config)
-        attention((q, q_rope), cache, block_table, (items, parts), result, scales, (softmax_scale, sink), stream)
+        result, queries, softmax = dense_decode.Outputs(out, lse, o_split, lse_split), (q, q_rope), (softmax_scale, sink)
+        if const_expr(isinstance(self.config, UpcastConfig)):
+            attention = upcast_decode.UpcastDecode(self.config)
+            attention(queries, cache, block_table, (items, parts), result, softmax, stream)
+        else:
+            attention, scales = fp8_decode.Fp8Decode(self.config), fp8_decode.Scales(kv_scale, q_scale)
+            attention(queries, cache, block_table, (items, parts), result, scales, softmax, stream)
         combine.Combine(self.config.base)(o_split, lse_split, merges, out, lse, sink, num_sms, stream)
 
     def fake_args(self):
         fake = dense_decode.FakeArgs.of(self.config.base)
-        own = fp8_decode.FakeArgs.of(self.config, fake.q, fake.q_rope, fake.cache)
+        module = upcast_decode if isinstance(self.config, UpcastConfig) else fp8_decode
+        own, scales = module.FakeArgs.of(self.config, fake.q, fake.q_rope, fake.cache), fp8_decode.fake_scales()
         inputs = (own.q, own.cache, fake.block_table, fake.items, fake.parts, combine.fake_merges())
         result = (fake.result.o, fake.result.lse, fake.result.o_split, fake.result.lse_split)
-        return (*inputs, *result, Float32(1), Int32(1), own.q_rope, fake.sink, own.scales.kv, own.scales.q, _stream())
+        return (*inputs, *result, Float32(1), Int32(1), own.q_rope, fake.sink, scales.kv, scales.q, _stream())
 
 
 class ScheduleOp:

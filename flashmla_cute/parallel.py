@@ -220,9 +220,10 @@ class ContextParallel:
         rows = cache.batch * num_queries
         self._table = self.block_table.repeat_interleave(num_queries, 0)
         self._lengths = torch.zeros(rows, dtype=torch.int32, device=cache.device)
-        self.plan = DecodePlan(self.cache(cache.pool, cache.scale, cache.q_scale), num_heads)
+        scales = () if cache.format.scales else (cache.scale, cache.q_scale)
+        self.plan = DecodePlan(self.cache(cache.pool, *scales), num_heads)
         self.shares = [share_of(num_heads, size, r) if scatter_heads else range(num_heads) for r in range(size)]
-        mine, dtype = len(self.shares[rank]), torch.bfloat16 if cache.pool.dtype in checks.FP8_DTYPES else cache.pool.dtype
+        mine, dtype = len(self.shares[rank]), torch.bfloat16 if cache.dtype in checks.FP8_DTYPES else cache.dtype
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=cache.device)
         # Heads come first everywhere, so that a rank's share is contiguous and is sent from where the decode kernel wrote it.
         self._pieces = empty(size, mine, rows, self.format.latent)

@@ -50,7 +50,8 @@ class DecodePlan:
     options: sliding window, softcap, float32 out, and how lse is written (kernels/config.py); each combination compiles once.
 
     query_terms: over an e4m3 cache, e4m3 numbers into which each element of a 16-bit q is split inside the kernel.  2 hold bf16
-    exactly (fp16 to 2^-9), 1 keeps 3 bits of mantissa and halves the work of the scores.
+    exactly (fp16 to 2^-9), 1 keeps 3 bits of mantissa and halves the work of the scores.  Not where tokens have scales of
+    their own: scores are computed in f16 there, which holds q.
 
     config: another cost model of the schedule.
     """
@@ -97,13 +98,15 @@ class DecodePlan:
             raise TypeError(f"options is a {type(options).__name__}; allowed: DecodeOptions")
         need(partials in (torch.float16, torch.float32), "partials", partials, "torch.float16 or torch.float32")
         need(query_terms in (1, 2), "query_terms", query_terms, "1 or 2")
+        one_term = query_terms == 1 and cache.format.scales > 0
+        need(not one_term, "query_terms", 1, "2 over a cache whose tokens have scales of their own: q is exact there")
         checks.is_hopper("cache.pool", cache.pool)
         self.query_terms = query_terms
         self.cache_seqlens, self.capacity, self.config = cache.cache_seqlens, cache.capacity, config
         self.batch, self.num_heads, self.num_queries, self.cu_seqlens_q = cache.batch, num_heads, num_queries, cu_seqlens_q
         self.num_kv_heads, self.device, self.format = cache.num_kv_heads, cache.device, cache.format
         self.options = options
-        self.out_dtype = torch.float32 if options.out == "float32" else cache.pool.dtype  # (e4m3: q's, see decode.py)
+        self.out_dtype = torch.float32 if options.out == "float32" else cache.dtype  # (e4m3: q's, see decode.py)
         self.out_shape = self.lse_shape = None  # of as many tokens as q has
         if cu_seqlens_q is None:
             self.out_shape = (self.batch, num_queries, num_heads, cache.format.latent)

@@ -23,6 +23,26 @@ def quantise(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
+def pack(latent: torch.Tensor, rope: torch.Tensor, scales: int) -> torch.Tensor:
+    """[.., 512] and [.., 64], 16 bit -> [.., 656] bytes, as the append kernel writes them: e4m3, 4 float32 scales, bf16.  A
+    scale is the largest finite magnitude among its 512 / `scales` columns / 448, at least 2^-126; one alone fills all four."""
+    tiles = latent.float().unflatten(-1, (scales, -1))
+    finite = torch.where(tiles.isfinite(), tiles.abs(), 0.0)
+    scale = (finite.amax(-1) / 448.0).clamp(min=2.0**-126)
+    numbers = quantise(tiles, scale[..., None]).flatten(-2)
+    stored = (numbers, scale.repeat_interleave(4 // scales, -1), rope.bfloat16())
+    return torch.cat([x.contiguous().view(torch.uint8) for x in stored], -1)
+
+
+def unpack(pool: torch.Tensor) -> torch.Tensor:
+    """[.., 656] bytes as the numbers they stand for, [.., 576] float64"""
+    numbers, scale, rope = (x.contiguous() for x in pool.split((512, 16, 128), -1))
+    tiles = numbers.view(torch.float8_e4m3fn).double().unflatten(-1, (4, -1))
+    return torch.cat(
+        [(tiles * scale.view(torch.float32).double()[..., None]).flatten(-2), rope.view(torch.bfloat16).double()], -1
+    )
+
+
 def scores(
     q: torch.Tensor, k: torch.Tensor, softmax_scale: float, causal: bool, options: DecodeOptions = PLAIN
 ) -> torch.Tensor:

@@ -25,7 +25,7 @@ SCHEMAS = {
     "ragged_schedule": "(Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor(a!) items, Tensor(b!) parts, Tensor(c!) merges, "
     "int row_tiles, int max_tokens, int reach, int[] config) -> ()",
     "append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, int num_latent) -> ()",
-    "fp8_append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, Tensor scale) -> ()",
+    "fp8_append": "(Tensor latent, Tensor rope, Tensor slots, Tensor(a!) pool, Tensor scale, int scales) -> ()",
 }
 
 
@@ -115,10 +115,11 @@ def append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: 
         append_function(pool, num_latent)(latent, rope, slots, pool)
 
 
-def fp8_append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, scale: torch.Tensor):
+def fp8_append(latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor, *how):
+    scale, scales = how
     checks.is_hopper("pool", pool)
     if slots.shape[0] > 0:
-        fp8_append_function(latent, pool)(latent, rope, slots, pool, scale)
+        fp8_append_function(latent, pool, scales)(latent, rope, slots, pool, scale)
 
 
 def append_function(pool: torch.Tensor, num_latent: int) -> Callable:
@@ -127,9 +128,9 @@ def append_function(pool: torch.Tensor, num_latent: int) -> Callable:
     return compile.get(ops.AppendOp, config)
 
 
-def fp8_append_function(latent: torch.Tensor, pool: torch.Tensor) -> Callable:
+def fp8_append_function(latent: torch.Tensor, pool: torch.Tensor, scales: int) -> Callable:
     """the compiled append for these tensors; what it takes: ops.Fp8AppendOp"""
-    config = Fp8AppendConfig(kv=checks.format_of("pool", pool), source=_name(latent.dtype), page=pool.shape[1])
+    config = Fp8AppendConfig(kv=checks.format_of("pool", pool, scales=scales), source=_name(latent.dtype), page=pool.shape[1])
     return compile.get(ops.Fp8AppendOp, config)
 
 

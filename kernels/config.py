@@ -20,6 +20,7 @@ class KVFormat:
     latent: int = 512
     rope: int = 64
     itemsize: int = 2
+    scales: int = 0  # fp32 scales of a token's latent columns, each of as many; their rope columns are bf16 then
 
     @property
     def head_dim(self) -> int:
@@ -27,11 +28,20 @@ class KVFormat:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.head_dim * self.itemsize
+        return self.rope_byte + self.rope * 2 if self.scales else self.head_dim * self.itemsize
+
+    @property
+    def rope_byte(self) -> int:
+        """where the bf16 rope columns begin, behind 16 bytes of scales"""
+        return self.latent * self.itemsize + SCALE_BYTES
 
 
 FORMATS = {row.dtype: row for row in (KVFormat("bfloat16"), KVFormat("float16"))}
+SCALE_BYTES = 16  # of a token: what TMA moves at least, and a rope behind it is aligned
 FP8_FORMATS = {row.dtype: row for row in (KVFormat("float8_e4m3fn", itemsize=1),)}  # one scale for all of a layer's cache
+# 656 bytes a token.  4: what vLLM calls fp8_ds_mla; 1: the same bytes, four equal scales (644 bytes without three of them would
+# have to be padded to 656 for TMA, whose strides are multiples of 16).
+SCALED_FORMATS = {row.scales: row for row in (KVFormat("float8_e4m3fn", itemsize=1, scales=n) for n in (4, 1))}
 DIMS = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # (latent, rope): a new pair is a row here
 
 
@@ -227,21 +237,51 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
+class UpcastConfig:
+    """One configuration of the decode kernel of an e4m3 cache whose tokens have scales of their own."""
+
+    base: MLAConfig = MLAConfig()  # the same decode over a cache of q's element type
+    kv: KVFormat = SCALED_FORMATS[4]
+    stages: int = 2  # 33 KB slots of the ring of raw tiles
+
+    def __post_init__(self):
+        self.check()
+
+    @property
+    def name(self) -> str:
+        return f"upcast_s{self.stages}_{self.base.name}"
+
+    def check(self):
+        """Raises ValueError, naming the field, for a configuration that the kernel cannot run."""
+
+        def need(ok, message):
+            if not ok:
+                raise ValueError(f"UpcastConfig: {message}")
+
+        base, kv = self.base, self.kv
+        need(kv == SCALED_FORMATS[4], f"kv is {kv}; allowed: {SCALED_FORMATS[4]}, as which any scaled cache can be read")
+        dims = (base.kv.latent, base.kv.rope)
+        need(dims == (kv.latent, kv.rope), f"base.kv is {base.kv}; (latent, rope) of an e4m3 cache: {(kv.latent, kv.rope)}")
+        need(self.stages == 2, f"stages is {self.stages}; allowed: 2, the two of q, and all that shared memory has room for")
+
+
+@dataclass(frozen=True)
 class Fp8AppendConfig:
-    """How the append kernel quantises: from 16-bit rows, or e4m3 ones that it copies."""
+    """How the append kernel quantises: from 16-bit rows, or e4m3 ones that it copies where tokens have no scales."""
 
     kv: KVFormat = FP8_FORMATS["float8_e4m3fn"]
     source: str = "bfloat16"
     page: int = 64
 
     def __post_init__(self):
-        sources = (*FORMATS, self.kv.dtype)
+        sources = (*FORMATS, *([] if self.kv.scales else [self.kv.dtype]))
         if self.source not in sources:
             raise ValueError(f"Fp8AppendConfig: source is {self.source}; allowed: {', '.join(sources)}")
 
     @property
     def name(self) -> str:
-        return f"{self.kv.dtype}_from_{self.source}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
+        scales = f"x{self.kv.scales}" if self.kv.scales else ""
+        return f"{self.kv.dtype}{scales}_from_{self.source}_{self.kv.latent}_{self.kv.rope}_page{self.page}"
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ class DenseDecode:
 
     def _pieces(self, args, smem, bars):
         ring = smem.piece_ring, bars.slot_full, bars.slot_empty
-        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
+        return FixedPieces(self.config, self.config.gathers, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
 
     def _tile_loads(self, args, smem, bars, rows):
         """of the latent and the rope columns (None: there are none)"""

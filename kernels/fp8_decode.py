@@ -44,7 +44,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, Fp8Config
-from .parts.convert import HIGH_STEPS, LOW_STEPS, UNIT_TOKENS, Converter, QuerySlots
+from .parts.convert import HIGH_STEPS, LOW_STEPS, UNIT_BYTES, UNIT_TOKENS, Converter, QuerySlots
 from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import PairLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
@@ -499,7 +499,8 @@ class Fp8Decode:
         )
         rO = cute.make_rmem_tensor(w.partition_shape_C((TILE, 256)), Float32)
         warp_idx = uniform(cute.arch.warp_idx())
-        converter = Converter.make(half, warp_idx - SCORE_WARPS, smem.raw[0], smem.raw[3], units, config.base.box_tokens)
+        blocks = smem.raw[3].toint() + half * units * UNIT_BYTES + (warp_idx & 3) * (UNIT_TOKENS * 128)
+        converter = Converter.make(warp_idx - SCORE_WARPS, smem.raw[0], blocks, base.box_tokens)
         loads, cursor = None, None
         if const_expr(half == 1):
             loads = self._refill(args, smem, bars, work, rows)
@@ -515,8 +516,8 @@ class Fp8Decode:
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)  # the item's record has landed too
             item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
             self._sync(half)  # no warp's p v reads the units any more
-            converter.run(pos.stage, unit, 0)
-            converter.run(pos.stage, self._unit(unit, 1), 1)
+            converter.run(pos.stage, unit * UNIT_BYTES, 0)
+            converter.run(pos.stage, self._unit(unit, 1) * UNIT_BYTES, 1)
             self._release(converter, bars, pos.stage, unit, item.seqlen - item.first * TILE)
             self._sync(half)
             cursor = self._refresh(loads, cursor, warp_idx, pos)
@@ -524,6 +525,9 @@ class Fp8Decode:
             for tile in cutlass.range(item.first + 1, item.end, unroll=1):
                 after = self._unit(unit, 2)
                 if config.has_spare_unit:
+                    if config.q_slots == 2 and tile == item.first + 1:
+                        # (its slot was q's: before q has landed, a wait for the phase after q's would pass)
+                        cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)
                     self._convert_first(converter, bars, pos, after)
                 self._accumulate(half, rO, tP, tV, smem, bars, (p, unit))  # V1, of the tile before
                 if const_expr(units == 2):
@@ -533,7 +537,7 @@ class Fp8Decode:
                     self._convert_first(converter, bars, pos, after)  # V2
                 warpgroup.wait_group(units - 2)
                 self._sync(half)
-                converter.run(pos.stage, self._unit(after, 1), 1)
+                converter.run(pos.stage, self._unit(after, 1) * UNIT_BYTES, 1)
                 self._release(converter, bars, pos.stage, after, item.seqlen - tile * TILE)  # V3
                 warpgroup.wait_group(0)
                 arrive(bars.p_empty + p.stage, config.base.lane_arrivals)
@@ -555,7 +559,7 @@ class Fp8Decode:
     @cute.jit
     def _convert_first(self, converter: Converter, bars: Barriers, pos: RingPos, unit: Int32):
         cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-        converter.run(pos.stage, unit, 0)
+        converter.run(pos.stage, unit * UNIT_BYTES, 0)
 
     @cute.jit
     def _refresh(self, loads, cursor, warp_idx: Int32, pos: RingPos):
@@ -581,7 +585,7 @@ class Fp8Decode:
         cute.arch.sync_warp()
         arrive(bars.slot_empty + stage, self.config.base.lane_arrivals)
         if valid < TILE:
-            converter.zero_rows(unit, self._unit(unit, 1), valid)
+            converter.zero_rows((unit * UNIT_BYTES, self._unit(unit, 1) * UNIT_BYTES), valid)
         cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
@@ -611,7 +615,6 @@ class FakeArgs:
     q: cute.Tensor
     q_rope: cute.Tensor | None
     cache: cute.Tensor
-    scales: Scales
 
     @classmethod
     def of(cls, config: Fp8Config, q, q_rope, cache):
@@ -624,5 +627,10 @@ class FakeArgs:
             return make_fake_tensor(dtype, fake.shape, stride=stride, assumed_align=16)
 
         q_type = TYPES[config.q_dtype]
-        one = lambda: make_fake_tensor(Float32, (1,), stride=(1,), assumed_align=4)
-        return cls(like(q, q_type), None if q_rope is None else like(q_rope, q_type), like(cache, F8), Scales(one(), one()))
+        return cls(like(q, q_type), None if q_rope is None else like(q_rope, q_type), like(cache, F8))
+
+
+def fake_scales() -> Scales:
+    from cutlass.cute.runtime import make_fake_tensor
+
+    return Scales(*(make_fake_tensor(Float32, (1,), stride=(1,), assumed_align=4) for _ in range(2)))

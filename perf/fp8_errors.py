@@ -3,8 +3,8 @@
 python -m perf.fp8_errors                a table, and perf/results/<date>-none-fp8-errors.json; needs no GPU
 
 Only the rounding of the cache counts here, and with it that of q where one e4m3 term holds it: what a kernel adds is held to
-the tolerances of the tests.  The formats: flat e4m3 with one scale (what PagedKVCache writes), one scale a token or one for
-each 128 latent columns beside rope columns in bf16 (the 656 bytes a token of sparse caches).
+the tolerances of the tests.  The formats are those that PagedKVCache writes, to the bit: flat e4m3 with one scale, or a scale
+for each token or for each 128 of its latent columns beside rope columns in bf16 (656 bytes).
 """
 
 import argparse
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from flashmla_cute.reference import quantise, scores, softmax_times
+from flashmla_cute.kernels.config import FORMATS as WIDE
+from flashmla_cute.kernels.config import FP8_FORMATS, SCALED_FORMATS
+from flashmla_cute.reference import pack, quantise, scores, softmax_times, unpack
 
 RESULTS = Path(__file__).parent / "results"
 LATENT, ROPE, HEADS = 512, 64, 16
@@ -50,19 +52,17 @@ def flat(rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     return rounded(rows, rows.abs().max().item() / E4M3_MAX if scale is None else scale)
 
 
-def tiled(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """a float32 scale for each `width` latent columns of a token, rope in bf16"""
-    tiles = rows[:, :LATENT].view(len(rows), -1, width)
-    scale = (tiles.abs().amax(-1, keepdim=True) / E4M3_MAX).float().double()
-    return torch.cat([rounded(tiles, scale).flatten(1), bfloat16(rows[:, LATENT:])], 1)
+def scaled(rows: torch.Tensor, scales: int) -> torch.Tensor:
+    return unpack(pack(rows[:, :LATENT], rows[:, LATENT:], scales))
 
 
+FLAT = FP8_FORMATS["float8_e4m3fn"].bytes_per_token
 FORMATS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {  # name -> (bytes a token, rounding)
-    "bf16": (1152, bfloat16),
-    "e4m3, scale 1": (576, lambda rows: flat(rows, 1.0)),
-    "e4m3, scale largest / 448": (576, flat),
-    "e4m3 latent with a scale a token, bf16 rope": (656, lambda rows: tiled(rows, LATENT)),
-    "e4m3 latent with 4 scales a token, bf16 rope": (656, lambda rows: tiled(rows, LATENT // 4)),
+    "bf16": (WIDE["bfloat16"].bytes_per_token, bfloat16),
+    "e4m3, scale 1": (FLAT, lambda rows: flat(rows, 1.0)),
+    "e4m3, scale largest / 448": (FLAT, flat),
+    "e4m3 latent with a scale a token, bf16 rope": (SCALED_FORMATS[1].bytes_per_token, lambda rows: scaled(rows, 1)),
+    "e4m3 latent with 4 scales a token, bf16 rope": (SCALED_FORMATS[4].bytes_per_token, lambda rows: scaled(rows, 4)),
 }
 
 
@@ -85,7 +85,7 @@ def measure(kind: str, spread: float, tokens: int, seed: int) -> list[dict]:
     found = []
     for name, (size, rounding) in FORMATS.items():
         for terms, query in ((2, q), (1, one_term(q))):
-            if terms == 1 and name == "bf16":
+            if terms == 1 and size != FLAT:  # (q is exact over the others)
                 continue
             out, lse = attend(query, rounding(rows))
             found.append(

@@ -19,7 +19,7 @@ class Ours:
 
     def __init__(self, problem: Problem, **plan_options):
         self.problem, row, q = problem, problem.row, problem.q
-        scale = problem.kv_scale if row.is_fp8 else None
+        scale = problem.kv_scale if row.is_fp8 and not row.is_scaled else None
         make = lambda pool: PagedKVCache.from_tensors(pool, problem.block_table, problem.cache_seqlens, scale=scale)
         self.caches = {pool.data_ptr(): make(pool) for pool in problem.pools}
         self.plan = DecodePlan(self.caches[problem.pools[0].data_ptr()], row.h_q, row.s_q, **plan_options)

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from flashmla_cute.reference import dequantise, quantise, reference_decode
+from flashmla_cute.kernels.config import SCALED_FORMATS
+from flashmla_cute.reference import dequantise, pack, quantise, reference_decode, unpack
 from flashmla_cute.testing import TOLERANCE
 
 from .roofline import LATENT, ROPE
@@ -21,7 +22,7 @@ class Problem:
 
     row: Row
     q: torch.Tensor  # [b, s_q, h_q, 576]
-    pools: list[torch.Tensor]  # copies, each [pages, page, h_kv, 576], of independent contents
+    pools: list[torch.Tensor]  # copies, each [pages, page, h_kv, 576] or bytes, of independent contents
     block_table: torch.Tensor  # [b, pages of the longest request] int32, exactly as wide: FA3's workspace grows with it
     cache_seqlens: torch.Tensor  # [b] int32
     softmax_scale: float = (LATENT + ROPE) ** -0.5
@@ -32,16 +33,23 @@ class Problem:
         """Pages in random order, as after hours of serving.  Unlike in the tests nothing is poisoned: peers may read (and then
         drop) what lies past a request's end, so spare table entries name page 0 and spare cache slots hold finite numbers."""
         generator = torch.Generator(device=device).manual_seed(seed)
-        dtype, q_dtype = getattr(torch, row.dtype), torch.bfloat16 if row.is_fp8 else getattr(torch, row.dtype)
+        dtype = torch.uint8 if row.is_scaled else getattr(torch, row.dtype)
+        q_dtype, width = torch.bfloat16 if row.is_fp8 else dtype, LATENT + ROPE
+        if row.is_scaled:
+            width = SCALED_FORMATS[4].bytes_per_token
         counts = [-(-length // row.page) for length in row.lengths]
         num_pages = sum(counts)
-        pools = [torch.empty(num_pages, row.page, row.h_kv, LATENT + ROPE, dtype=dtype, device=device) for _ in range(copies)]
+        pools = [torch.empty(num_pages, row.page, row.h_kv, width, dtype=dtype, device=device) for _ in range(copies)]
         for pool in pools:
             for part in pool.split(FILL_TOKENS // row.page):
+                wide = part
                 if row.is_fp8:
-                    part.copy_(quantise(torch.empty(part.shape, device=device).normal_(generator=generator), cls.kv_scale))
-                else:
-                    part.normal_(generator=generator)
+                    wide = torch.empty(*part.shape[:3], LATENT + ROPE, device=device)
+                wide.normal_(generator=generator)
+                if row.is_scaled:
+                    part.copy_(pack(wide[..., :LATENT], wide[..., LATENT:], 4))
+                elif row.is_fp8:
+                    part.copy_(quantise(wide, cls.kv_scale))
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int().split(counts)
         table = torch.zeros(row.b, max(counts), dtype=torch.int32)
         for pages, request in zip(order, table):
@@ -56,7 +64,8 @@ class Problem:
         pool, table = self.pools[copy], self.block_table[requests]
         if self.row.is_fp8:  # what it stands for, of the pages that count
             pages, table = table.unique(return_inverse=True)
-            pool = dequantise(pool.view(torch.uint8)[pages.long()].view(pool.dtype), torch.tensor(self.kv_scale))
+            pool = pool.view(torch.uint8)[pages.long()].view(pool.dtype)
+            pool = unpack(pool) if self.row.is_scaled else dequantise(pool, torch.tensor(self.kv_scale))
         out, lse = reference_decode(
             self.q[requests], pool, table, [lengths[i] for i in requests], self.softmax_scale, self.row.causal, LATENT
         )
@@ -80,7 +89,7 @@ class Expected:
 
     def check(self, out: torch.Tensor, lse: torch.Tensor | None, dtype: str) -> Check:
         """by the tolerances of the tests (flashmla_cute.testing), for us and for peers alike"""
-        max_rel, max_lse = TOLERANCE[getattr(torch, dtype)]
+        max_rel, max_lse = TOLERANCE[getattr(torch, "float8_e4m3fn" if dtype == "fp8_ds_mla" else dtype)]
         difference = (out[self.requests].double() - self.out).flatten(1).norm(dim=1)
         rel = (difference / self.out.flatten(1).norm(dim=1)).max().item()
         gap = None if lse is None else (lse[self.requests].double() - self.lse).abs().max().item()

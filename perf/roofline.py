@@ -4,6 +4,8 @@ The model counts what the algorithm needs: every cached token once, whatever num
 also those the causal mask drops (at most s_q / s_k of them), as all published MLA numbers do.
 """
 
+from flashmla_cute.kernels.config import FORMATS, FP8_FORMATS, SCALED_FORMATS
+
 from .workloads import Row
 
 LATENT, ROPE, ITEMSIZE = 512, 64, 2  # of a cached token in 16 bits, and of q and out
@@ -17,7 +19,8 @@ def flops(row: Row) -> int:
 
 
 def kv_bytes(row: Row) -> int:
-    return row.tokens * row.h_kv * (LATENT + ROPE) * (1 if row.is_fp8 else ITEMSIZE)
+    kv = SCALED_FORMATS[4] if row.is_scaled else {**FORMATS, **FP8_FORMATS}[row.dtype]
+    return row.tokens * row.h_kv * kv.bytes_per_token
 
 
 def bytes_moved(row: Row) -> int:

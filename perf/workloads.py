@@ -36,7 +36,7 @@ class Row:
     why: str
     s_q: int = 1  # query tokens of each request
     h_kv: int = 1
-    dtype: str = "bfloat16"  # of the cache; float8_e4m3fn: with q and out in bf16
+    dtype: str = "bfloat16"  # of the cache; float8_e4m3fn, or fp8_ds_mla with scales for each token: q and out in bf16
     page: int = 64  # tokens of a cache page
 
     @property
@@ -46,7 +46,11 @@ class Row:
 
     @property
     def is_fp8(self) -> bool:
-        return self.dtype == "float8_e4m3fn"
+        return self.dtype == "float8_e4m3fn" or self.is_scaled
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.dtype == "fp8_ds_mla"
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -142,7 +146,7 @@ WORKLOADS = {
         Row(128, 96, 8192, "a full batch; a row tile and a half of heads"),
         Row(128, 128, 8192, "a full batch"),
     ),
-    "fp8": tuple(replace(row, dtype=dtype) for row in FP8 for dtype in ("float8_e4m3fn", "bfloat16")),
+    "fp8": tuple(replace(row, dtype=dtype) for row in FP8 for dtype in ("float8_e4m3fn", "fp8_ds_mla", "bfloat16")),
     "quick": (
         Row(1, 16, 4096, "smallest"),
         Row(4, 16, 4096, "splits and the causal mask", s_q=2),

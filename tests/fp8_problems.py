@@ -1,11 +1,11 @@
-"""GPU problems over an e4m3 cache, made from those of tests/problems.py and held to float64 on what the cache stands for."""
+"""GPU problems over e4m3 caches, made from those of tests/problems.py and held to float64 on what the cache stands for."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from flashmla_cute import DecodePlan, PagedKVCache
-from flashmla_cute.reference import dequantise, quantise
+from flashmla_cute.reference import dequantise, pack, quantise, unpack
 from flashmla_cute.testing import TOLERANCE, Case, Errors, Problem
 
 E4M3 = torch.float8_e4m3fn
@@ -44,6 +44,30 @@ class Fp8Problem(Problem):
         """the same numbers in other memory"""
         cache, scales = self.cache, dict(scale=self.cache.scale, q_scale=self.cache.q_scale)
         return replace(self, cache=PagedKVCache.from_tensors(pool, cache.block_table, cache.cache_seqlens, **scales))
+
+
+@dataclass
+class ScaledProblem(Problem):
+    """over tokens with scales of their own"""
+
+    pool64: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, problem: Problem, scales: int = 4) -> "ScaledProblem":
+        """`problem` with its cache in 656 bytes a token; where it was NaN, numbers, scales and rope are"""
+        cache = problem.cache
+        pool = pack(cache.pool[..., :512], cache.pool[..., 512:], scales)
+        pool[cache.pool.isnan().any(-1)] = 0xFF
+        moved = PagedKVCache.from_tensors(pool, cache.block_table, cache.cache_seqlens, scales=scales)
+        return cls(problem.case, problem.q, moved, problem.out, problem.lse, problem.sink, unpack(pool))
+
+    @property
+    def true_pool(self) -> torch.Tensor:
+        return self.pool64
+
+    def with_pool(self, pool: torch.Tensor) -> "ScaledProblem":
+        """the same bytes in other memory"""
+        return replace(self, cache=PagedKVCache.from_tensors(pool, self.cache.block_table, self.cache.cache_seqlens))
 
 
 def tolerance(problem: Fp8Problem) -> tuple[float, float]:

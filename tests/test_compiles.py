@@ -15,6 +15,7 @@ from flashmla_cute.kernels.config import (
     FP8_FORMATS,
     LAUNCH_REGISTERS,
     PRESETS,
+    SCALED_FORMATS,
     SMEM_LIMIT,
     DecodeOptions,
     Fp8AppendConfig,
@@ -22,6 +23,7 @@ from flashmla_cute.kernels.config import (
     KVFormat,
     MLAConfig,
     ScheduleConfig,
+    UpcastConfig,
 )
 
 RAGGED = MLAConfig(ragged=True), MLAConfig(ragged=True, head_tile=16), MLAConfig(ragged=True, causal=False, head_tile=64)
@@ -54,9 +56,26 @@ FP8_DECODE = [
     fp8(ragged=True),
     fp8(lane_arrivals=True),
 ]
-FP8_APPEND = [ops.Fp8AppendOp(Fp8AppendConfig(source=source)) for source in (*FORMATS, FLAT.dtype)]
-DECODE = [*(ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)), *FP8_DECODE]
-ATTENTION = {ops.DecodeOp: "DenseDecode", ops.Fp8DecodeOp: "Fp8Decode"}  # the kernel beside Combine
+UPCAST_DECODE = [
+    ops.Fp8DecodeOp(UpcastConfig(base=MLAConfig(**base)))
+    for base in (
+        dict(),
+        dict(causal=False),
+        dict(kv=FORMATS["float16"]),
+        dict(head_tile=16, q_pair=True, sink=True),
+        dict(page=16, options=DecodeOptions(window=512, softcap=30.0)),
+        dict(page=1024, head_tile=64, causal=False),
+        dict(options=DecodeOptions(out="float32"), split="float32"),
+        dict(ragged=True),
+        dict(lane_arrivals=True),
+    )
+]
+FP8_APPEND = [
+    *(ops.Fp8AppendOp(Fp8AppendConfig(source=source)) for source in (*FORMATS, FLAT.dtype)),
+    *(ops.Fp8AppendOp(Fp8AppendConfig(kv=kv, source=source)) for kv in SCALED_FORMATS.values() for source in FORMATS),
+]
+DECODE = [*(ops.DecodeOp(config) for config in (*PRESETS, *OTHERS)), *FP8_DECODE, *UPCAST_DECODE]
+ATTENTION = {MLAConfig: "DenseDecode", Fp8Config: "Fp8Decode", UpcastConfig: "UpcastDecode"}  # the kernel beside Combine
 SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for config in (ScheduleConfig(), BATCH_INVARIANT)]
 MERGE = [ops.MergeOp(MLAConfig(kv=kv, causal=False, split=kv.dtype)) for kv in FORMATS.values()]
 APPEND = [*(ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()), *FP8_APPEND]
@@ -91,7 +110,7 @@ def test_fits(gate, op):
 
 @pytest.mark.parametrize("op", DECODE, ids=label)
 def test_decode_launches_with_the_registers_that_setmaxnreg_moves(gate, op):
-    kernels, attention = gate(op).kernels, ATTENTION[type(op)]
+    kernels, attention = gate(op).kernels, ATTENTION[type(op.config)]
     assert set(kernels) == {attention, "Combine"}
     assert kernels[attention].registers == LAUNCH_REGISTERS
     assert kernels[attention].smem > SMEM_LIMIT // 2, "the register budgets assume one CTA an SM"

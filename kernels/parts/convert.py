@@ -1,4 +1,4 @@
-"""e4m3 -> f16, which is exact, and 16-bit floats -> one or two e4m3 terms."""
+"""e4m3 -> f16, exact or times a token's scales, and 16-bit floats -> one or two e4m3 terms."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -7,8 +7,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float8E4M3FN, Float16, Float32, Int32, const_expr
 
-from ..config import TILE
-from .ptx import lane_value, max_magnitude, one_term, opaque, scaled_halves, two_terms
+from ..config import SCALE_BYTES, TILE
+from .ptx import lane_value, max_magnitude, one_term, opaque, scale_factors, scaled_halves, scaled_pair, two_terms
 from .tiles import fragment_row, thread_in_warpgroup
 
 UNIT_TOKENS = 32
@@ -24,30 +24,33 @@ def _vector(dtype, address, size, align=16):
 
 @dataclass(frozen=True)
 class Converter:
-    """A VALUE warpgroup's 256 columns of a ring slot -> its ring of V units of 32 tokens.  A warp takes a block of 64 columns,
-    a lane 16 columns of 8 rows; 8 neighbouring lanes take rows r and r ^ 5, four 16-byte chunks each: no bank conflicts."""
+    """A VALUE warpgroup's 256 columns of a ring slot -> f16, 32 tokens at a time.  A warp takes a block of 64 columns, a lane
+    16 columns of 8 rows; 8 neighbouring lanes take rows r and r ^ 5, four 16-byte chunks each: no bank conflicts."""
 
-    source: Int32  # shared addresses of my first row in slot 0 and in unit 0
+    source: Int32  # shared addresses of my first row in slot 0 and in the f16 tokens at 0
     target: Int32
+    scale: Int32 | None  # of my first row's scale for my columns in slot 0
     group_bytes: Constexpr[int]  # from 8 rows of a slot to the next 8
 
     @classmethod
-    def make(cls, half, warp, ring, v, units, box_tokens):
-        """half: 0 | 1; warp: of both warpgroups, 0..7; ring, v: unswizzled pointers; box_tokens: of a TMA box of the ring"""
+    def make(cls, warp, ring, blocks, box_tokens, scales=None):
+        """warp: of both warpgroups, 0..7; ring, scales: unswizzled pointers; blocks: shared address of this warp's f16 column
+        block; box_tokens: of a TMA box of the ring"""
         lane, by_rows = cute.arch.lane_idx(), box_tokens < TILE
         row = (lane >> 3) ^ (5 * (lane >> 2 & 1))
         block_bytes = ROWS * 128 if by_rows else TILE * 128
         source = ring.toint() + (warp >> 1) * block_bytes + row * 128 + (((warp & 1) * 4 + (lane & 3)) ^ row) * 16
-        target = v.toint() + half * units * UNIT_BYTES + (warp & 3) * (UNIT_TOKENS * 128) + row * 128
-        target += ((2 * (lane & 3)) ^ row) * 16
-        # (a shuffle to one's own lane: ptxas looks through mov, and would compute both again for every tile)
-        return cls(lane_value(source, lane), lane_value(target, lane), ROWS * 512 if by_rows else ROWS * 128)
+        target = blocks + row * 128 + ((2 * (lane & 3)) ^ row) * 16
+        # (a shuffle to one's own lane: ptxas looks through mov, and would compute these again for every tile)
+        kept = lambda address: lane_value(address, lane)
+        scale = None if scales is None else kept(scales.toint() + row * SCALE_BYTES + (warp >> 1) * 4)
+        return cls(kept(source), kept(target), scale, ROWS * 512 if by_rows else ROWS * 128)
 
     @cute.jit
-    def run(self, slot: Int32, unit: Int32, part: Constexpr[int]):
-        """tokens 32 part .. 32 part + 31 of `slot` -> `unit`"""
+    def run(self, slot: Int32, at: Int32, part: Constexpr[int]):
+        """tokens 32 part .. 32 part + 31 of `slot` -> the f16 tokens `at` bytes further"""
         source = self.source + slot * (TILE * 512) + part * (UNIT_TOKENS // ROWS) * self.group_bytes
-        target = self.target + unit * UNIT_BYTES
+        target = self.target + at
         for first in cutlass.range_constexpr(0, UNIT_TOKENS // ROWS, IN_FLIGHT):
             raw = tuple(cute.make_rmem_tensor(16, Float8E4M3FN) for _ in range(IN_FLIGHT))
             for i in cutlass.range_constexpr(IN_FLIGHT):
@@ -55,21 +58,28 @@ class Converter:
             for i in cutlass.range_constexpr(IN_FLIGHT):
                 v = cute.make_rmem_tensor(16, Float16)
                 v.store(raw[i].load().to(Float16))
+                if const_expr(self.scale is not None):
+                    self._apply_scale(v, slot * TILE + part * UNIT_TOKENS + ROWS * (first + i))
                 for chunk in cutlass.range_constexpr(2):
                     to = (target ^ (16 * chunk)) + (first + i) * (ROWS * 128)
                     cute.autovec_copy(cute.local_tile(v, (8,), (chunk,)), _vector(Float16, to, 8))
 
+    def _apply_scale(self, v, token):
+        factors = scale_factors(_vector(Float32, self.scale + token * SCALE_BYTES, 1, 4)[0])
+        words = cute.recast_tensor(v, Int32)
+        for i in range(8):
+            words[i] = scaled_pair(words[i], *factors)
+
     @cute.jit
-    def zero_rows(self, unit0: Int32, unit1: Int32, valid: Int32):
-        """token rows >= valid of a converted tile: a stale NaN there would survive the product with p = 0"""
+    def zero_rows(self, at: tuple, valid: Int32):
+        """token rows >= valid of a converted tile, its halves `at`: a stale NaN there would survive the product with p = 0"""
         zero = cute.make_rmem_tensor(8, Float16)
         zero.fill(0.0)
         target = opaque(self.target)
         for g in cutlass.range_constexpr(TILE // ROWS):
             if ROWS * g + (target >> 7 & (ROWS - 1)) >= valid:
-                unit = unit0 if const_expr(g < 4) else unit1
                 for chunk in cutlass.range_constexpr(2):
-                    to = ((target + unit * UNIT_BYTES) ^ (16 * chunk)) + g % 4 * (ROWS * 128)
+                    to = ((target + at[g // 4]) ^ (16 * chunk)) + g % 4 * (ROWS * 128)
                     cute.autovec_copy(zero, _vector(Float16, to, 8))
 
 
@@ -128,7 +138,7 @@ class QuerySlots:
         for r in cutlass.range_constexpr(2):
             for offset in (1, 2):
                 most[r] = max_magnitude(most[r], cute.arch.shuffle_sync_bfly(most[r], offset=offset))
-            scales[r], rInverse[r] = _power_of_two(most[r], self.dtype)
+            scales[r], rInverse[r] = power_of_two(most[r], self.dtype)
         return scales
 
     def _most(self, most, steps, block):
@@ -160,8 +170,8 @@ class QuerySlots:
 
 
 @cute.jit
-def _power_of_two(most: Int32, dtype: Constexpr):
-    """of a row's largest pair of magnitudes, see row_scales"""
+def power_of_two(most: Int32, dtype: Constexpr):
+    """of a row's largest pair of magnitudes, and its inverse: see QuerySlots.row_scales"""
     pair, larger = cute.make_rmem_tensor(2, dtype), cute.make_rmem_tensor(2, Float32)
     cute.recast_tensor(pair, Int32)[0] = most
     larger.store(pair.load().to(Float32))

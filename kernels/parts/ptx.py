@@ -41,6 +41,12 @@ def scaled_halves(pair, scale, dtype):
     return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, scale])
 
 
+def scaled_f16(pair, scale):
+    """a pair of f16 times a power of two that is an f16"""
+    code = "{ .reg .b32 s; cvt.rn.f16x2.f32 s, {$r1}, {$r1}; mul.rn.f16x2 {$w0}, {$r0}, s; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, scale])
+
+
 _HIGH = "cvt.rn.satfinite.e4m3x2.f16x2 a, {$r0}; cvt.rn.satfinite.e4m3x2.f16x2 b, {$r1}; mov.b32 {$w0}, {a, b}; "
 _LOW = "cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b; sub.f16x2 x, {$r0}, x; sub.f16x2 y, {$r1}, y; "
 _LOW += "cvt.rn.satfinite.e4m3x2.f16x2 a, x; cvt.rn.satfinite.e4m3x2.f16x2 b, y; mov.b32 {$w1}, {a, b}; "
@@ -57,6 +63,21 @@ def two_terms(first, second):
     together they hold the 8 bits of a bf16 exactly, but for elements of less than 2^-10 of the largest after scaling."""
     code = "{ .reg .b16 a, b; .reg .b32 x, y; " + _HIGH + _LOW + "}"
     return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[first, second])
+
+
+def scale_factors(scale):
+    """An f32 -> two pairs of equal f16, of its mantissa / 2^8 and of its power of two * 2^8: an e4m3 number times both is right
+    to 11 bits wherever the product is a normal f16, which no f16 of the scale alone achieves.  NaN stays."""
+    code = "{ .reg .b32 m, e; .reg .pred n; and.b32 m, {$r0}, 0x007fffff; or.b32 m, m, 0x3b800000; "
+    code += "and.b32 e, {$r0}, 0xff800000; setp.nan.f32 n, {$r0}, {$r0}; selp.b32 e, {$r0}, e, n; mul.f32 e, e, 0f43800000; "
+    code += "cvt.rn.f16x2.f32 {$w0}, m, m; cvt.rn.f16x2.f32 {$w1}, e, e; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[scale])
+
+
+def scaled_pair(pair, mantissas, powers):
+    """two f16 times what scale_factors gives"""
+    code = "{ .reg .b32 p; mul.rn.f16x2 p, {$r0}, {$r1}; mul.rn.f16x2 {$w0}, p, {$r2}; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, mantissas, powers])
 
 
 def opaque(x):

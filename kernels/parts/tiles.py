@@ -26,11 +26,12 @@ def out_type(config):
 
 
 def swizzled(dtype, *shape, by_rows=False):
-    """(row, column, ..) K-major with the 128-byte swizzle, or the 64-byte one where rows are no wider.  Its atoms, 8 rows x 64
-    columns, lie block after block;
+    """(row, column, ..) K-major with the 128-byte swizzle, the 64-byte one where rows are no wider, none where they are 16
+    bytes.  Its atoms, 8 rows x 64 columns, lie block after block;
     by_rows: row group after row group, so that 8 rows of all columns are one piece of memory, which a TMA box can fill."""
     kinds = warpgroup.SmemLayoutAtomKind
-    atom = warpgroup.make_smem_layout_atom(kinds.K_SW64 if shape[1] * dtype.width == 8 * 64 else kinds.K_SW128, dtype)
+    kind = {8 * 16: kinds.K_INTER, 8 * 64: kinds.K_SW64}.get(shape[1] * dtype.width, kinds.K_SW128)
+    atom = warpgroup.make_smem_layout_atom(kind, dtype)
     order = (1, 0, *range(2, len(shape))) if by_rows else tuple(range(len(shape)))
     return cute.tile_to_shape(atom, shape, order=order)
 

@@ -14,13 +14,22 @@ from pathlib import Path
 import pytest
 
 from flashmla_cute import compile, export, launches, ops, resources, selection, store
-from flashmla_cute.kernels.config import FORMATS, PRESETS, MLAConfig, ScheduleConfig
+from flashmla_cute.kernels.config import (
+    FORMATS,
+    PRESETS,
+    SCALED_FORMATS,
+    Fp8AppendConfig,
+    Fp8Config,
+    MLAConfig,
+    ScheduleConfig,
+    UpcastConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 APPEND = (ops.AppendOp, MLAConfig(causal=False))
 SCHEDULE = (ops.ScheduleOp, ScheduleConfig())
 DECODE = (ops.DecodeOp, MLAConfig(causal=False))
-BLOCK_COLUMNS = 64  # of a TMA box's inner axis
+FP8_DECODE, UPCAST_DECODE = (ops.Fp8DecodeOp, Fp8Config()), (ops.Fp8DecodeOp, UpcastConfig())
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +215,8 @@ def test_parameters_are_those_of_the_kernels_in_order(exported):
 
 
 def encoded_boxes(host_code: str) -> list[list[int]]:
-    """the boxes of the TMA descriptors that the host code encodes, inner axis first: a box is the last constant that is stored
-    into bytes 55 (inner axis) and 56.. (one each for the outer axes) of a descriptor"""
+    """the boxes of the TMA descriptors that the host code encodes, without the inner axis: the last constant stored into
+    bytes 56.. of a descriptor, one each for the outer axes"""
     constants, places, words, order = {}, {}, {}, []
     for line in host_code.splitlines():
         if found := re.match(r"\s*(%\w+) = llvm\.mlir\.constant\((-?\d+) : i64\)", line):
@@ -221,17 +230,50 @@ def encoded_boxes(host_code: str) -> list[list[int]]:
     boxes = []
     for descriptor in order:
         outer = struct.pack("<Q", words[descriptor, 7])[:4]
-        boxes.append([BLOCK_COLUMNS, *(extent + 1 for extent in outer)])
+        boxes.append([extent + 1 for extent in outer])
     return boxes
 
 
-@pytest.mark.parametrize("head_tile", [0, 1, 16, 64])
-def test_tensor_maps_have_the_boxes_that_the_host_code_encodes(head_tile):
-    op = ops.DecodeOp(MLAConfig(head_tile=head_tile))
+@pytest.mark.parametrize(
+    "op, maps",
+    [
+        *((ops.DecodeOp(MLAConfig(head_tile=head_tile)), 5) for head_tile in (0, 1, 16, 64)),
+        (ops.Fp8DecodeOp(Fp8Config(base=MLAConfig(head_tile=16))), 4),
+        (ops.Fp8DecodeOp(Fp8Config(base=MLAConfig(page=16), q_dtype="float8_e4m3fn", q_terms=1, v_units=3, open_steps=6)), 4),
+        (ops.Fp8DecodeOp(UpcastConfig()), 5),
+        (ops.Fp8DecodeOp(UpcastConfig(base=MLAConfig(page=16, head_tile=16, q_pair=True))), 5),
+    ],
+    ids=lambda x: x.config.name if hasattr(x, "config") else str(x),
+)
+def test_tensor_maps_have_the_boxes_that_the_host_code_encodes(op, maps):
     boxes = encoded_boxes(str(compile.compile_object(op).ir_module))
-    described = [[axis["box"] for axis in one["axes"]] for one in launches.tensor_maps(op.config).values()]
-    assert len(boxes) == len(described) == 5
-    assert boxes == [box + [1] * (5 - len(box)) for box in described]
+    described = [[axis["box"] for axis in one["axes"][1:]] for one in launches.tensor_maps(op.config).values()]
+    assert len(boxes) == len(described) == maps
+    assert boxes == [box + [1] * (4 - len(box)) for box in described]
+
+
+@pytest.mark.parametrize("pair, kernel", [(FP8_DECODE, "Fp8Decode"), (UPCAST_DECODE, "UpcastDecode")], ids=["flat", "scaled"])
+def test_decode_over_an_e4m3_cache(tmp_path, pair, kernel):
+    (entry,) = export.export([pair], tmp_path)
+    assert entry["op"] == "fp8_decode" and (tmp_path / entry["files"]["object"]["name"]).exists()
+    attention, combine = description(tmp_path, ops.Fp8DecodeOp)["kernels"]
+    assert (attention["kernel"], combine["kernel"]) == (kernel, "Combine")
+    names = [parameter["name"] for parameter in attention["parameters"]]
+    assert names[:2] == ["q.atom", "q.tensor"] and "block_table" in names and names[-1] == "softmax_scale"
+    assert set(attention["tensor_maps"]) == {name for name in names if name.endswith(".atom")}
+    given = {parameter["argument"] for parameter in attention["parameters"]} - {None}
+    wanted = {"block_table", "items", "parts", "out", "lse", "o_split", "lse_split", "softmax_scale"}
+    assert given == wanted | ({"kv_scale", "q_scale"} if kernel == "Fp8Decode" else set())
+
+
+def test_append_to_an_e4m3_cache(tmp_path):
+    pairs = [(ops.Fp8AppendOp, Fp8AppendConfig(kv=kv)) for kv in (Fp8AppendConfig().kv, SCALED_FORMATS[4])]
+    flat, scaled = export.export(pairs, tmp_path)
+    assert flat["name"] != scaled["name"]
+    for entry, last in ((flat, 576), (scaled, 656)):
+        (kernel,) = json.loads((tmp_path / entry["files"]["description"]["name"]).read_text())["kernels"]
+        (cache,) = [parameter for parameter in kernel["parameters"] if parameter["argument"] == "cache"]
+        assert cache["name"] == "cache" and cache["shape"] == ["?", 64, "?", last]
 
 
 def test_a_type_that_no_kernel_takes_is_refused():
@@ -306,6 +348,23 @@ def test_configurations_by_name():
     assert set(selection.default()) >= {SCHEDULE, APPEND, DECODE}
 
 
+def test_configurations_of_e4m3_caches_by_name():
+    parsed = lambda word: selection.parse(word)[0][1]
+    assert selection.parse("fp8_decode") == [FP8_DECODE] and selection.parse("fp8_decode:scales=4") == [UPCAST_DECODE]
+    assert parsed("fp8_decode:scales=1") == UPCAST_DECODE[1], "one kernel reads both"
+    quantised = parsed("fp8_decode:q=float8_e4m3fn,causal=false,page=128")
+    assert (quantised.q_dtype, quantised.q_terms, quantised.base.page, quantised.base.causal) == (
+        "float8_e4m3fn",
+        1,
+        128,
+        False,
+    )
+    half = parsed("fp8_decode:kv=float16,terms=1")
+    assert (half.q_dtype, half.q_terms, half.base.kv) == ("float16", 1, FORMATS["float16"])
+    assert parsed("fp8_append:scales=4,source=float16,page=16") == Fp8AppendConfig(SCALED_FORMATS[4], "float16", 16)
+    assert parsed("fp8_append") == Fp8AppendConfig()
+
+
 @pytest.mark.parametrize(
     "word, message",
     [
@@ -315,6 +374,10 @@ def test_configurations_by_name():
         ("stages=three", "stages is three; allowed: a value of type int"),
         ("kv=fp4", "kv is fp4; allowed: bfloat16"),
         ("head_tile=7", "head_tile is 7; allowed: 0"),
+        ("fp8_decode:scales=2", "scales is 2; allowed: 0, 4, 1"),
+        ("fp8_decode:scales=4,terms=1", "scales is 4; allowed: 0 with q or terms"),
+        ("fp8_decode:colour=red", "colour is no field of MLAConfig"),
+        ("fp8_append:colour=red", "colour=red is no field of Fp8AppendConfig; allowed: source, scales, page"),
     ],
 )
 def test_wrong_configurations(word, message):

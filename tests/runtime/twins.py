@@ -10,7 +10,7 @@ import torch
 
 from flashmla_cute import checks, compile, ops, plan
 from flashmla_cute.kernels.parts.work import BEGIN, COUNT, RECORD
-from flashmla_cute.reference import dequantise, emulate_decode, quantise
+from flashmla_cute.reference import dequantise, emulate_decode, pack, quantise, unpack
 from flashmla_cute.schedule import Item, Merge, Schedule, build_schedule
 
 NUM_SMS = 6  # of the card that there is not: few, so that small batches are split
@@ -105,6 +105,9 @@ def _fp8_decode(config):
 
     def launch(q, pool, *others):
         *others, kv_scale, q_scale = others
+        if config.kv.scales:
+            assert str(q.dtype) == f"torch.{config.base.kv.dtype}" and str(others[4].dtype) == f"torch.{config.base.out}"
+            return decode(q, unpack(pool), *others)
         assert str(q.dtype) == f"torch.{config.q_dtype}" and str(others[4].dtype) == f"torch.{config.base.out}"
         q64 = q.double() * (q_scale.double() if q.dtype == pool.dtype else 1.0)
         decode(q64, dequantise(pool, kv_scale), *others)
@@ -117,6 +120,11 @@ def _fp8_append(config):
 
     def launch(latent, rope, slots, pool, scale):
         assert str(latent.dtype) == f"torch.{config.source}"
+        if config.kv.scales:
+            for token, slot in enumerate(slots.tolist()):
+                if 0 <= slot < pool.shape[0] * pool.shape[1]:
+                    pool[slot // pool.shape[1], slot % pool.shape[1]] = pack(latent[token], rope[token], config.kv.scales)
+            return
         is_quantised = latent.dtype == pool.dtype
         rows = [x if is_quantised else quantise(x, scale) for x in (latent, rope)]
         append(*(x.view(torch.uint8) for x in rows), slots, pool.view(torch.uint8))
