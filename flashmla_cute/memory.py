@@ -58,10 +58,10 @@ def measure(form: Format, tokens: int = MEASURED_TOKENS, device: str = "cuda") -
     """bytes a token by which torch.cuda.memory_allocated grows when a layer's cache for `tokens` tokens is allocated, with the
     block table and the length of one request"""
     before = torch.cuda.memory_allocated(device)
-    if form.name == "MLA bf16":
-        held = PagedKVCache.allocate(tokens // TILE, 1, tokens, device=device)
-    else:
-        pages = tokens // TILE  # of bytes: the fields of a token lie side by side
+    pages = tokens // TILE
+    if len(form.arrays) == 1:  # latent and rope in one array: PagedKVCache's
+        held = PagedKVCache.allocate(pages, 1, tokens, dtype=form.arrays[0][1], device=device)
+    else:  # bytes: the fields of a token lie side by side
         pool = torch.empty(pages, TILE, form.bytes_per_token, dtype=torch.uint8, device=device)
         held = pool, torch.empty(pages + 1, dtype=torch.int32, device=device)
     grown = torch.cuda.memory_allocated(device) - before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import invariance, ours, parallel, peers, plots
+from perf import invariance, model, ours, parallel, peers, plots
 from perf.peers import triton_mla
 from perf.workloads import Row
 
@@ -29,9 +29,10 @@ def test_parallel_says_what_is_missing(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_invariance_says_what_is_missing(capsys):
-    assert invariance.main([]) == 2
-    assert capsys.readouterr().err.startswith("perf.invariance: no CUDA device")
+@pytest.mark.parametrize("script", [invariance, model], ids=lambda script: script.__name__)
+def test_scripts_say_what_is_missing(script, capsys):
+    assert script.main([]) == 2
+    assert capsys.readouterr().err.startswith(f"{script.__name__}: no CUDA device")
 
 
 @pytest.mark.parametrize(

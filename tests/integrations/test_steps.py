@@ -119,6 +119,21 @@ def test_a_step_over_fp8_decodes(device, pair):
     check(problem, *plan(steps, problem).decode(q, pool, problem.case.softmax_scale, scale))
 
 
+def test_layers_that_share_a_pool_keep_their_scales(device):
+    """an FP8 cache is known by its pool and its scale: the second layer must not decode with the first one's"""
+    problem, case = Problem.make(Case((70, 1, 0, 300), h_q=16), device), Case((70, 1, 0, 300), h_q=16)
+    pool, scales = problem.cache.pool.to(torch.float8_e4m3fn), torch.tensor([0.5, 2.0], device=device)
+    step = plan(DecodeSteps(16, (512, 64), 64, torch.bfloat16, pool.dtype, device), problem)
+    for scale in (*scales, *scales):  # (views: layers keep their own scalars)
+        problem.cache.pool.copy_(pool.float() * scale)  # (exact in bf16)
+        check(problem, *step.decode(problem.q.flatten(0, 1), pool, case.softmax_scale, scale))
+    assert len(step._caches) == 2
+    scales[0] = 4.0  # read by the launch, not when the cache was made
+    problem.cache.pool.copy_(pool.float() * 4.0)
+    check(problem, *step.decode(problem.q.flatten(0, 1), pool, case.softmax_scale, scales[0]))
+    assert len(step._caches) == 2
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_plans_share_the_largest_workspace(device, batch_invariant):
     problem = Problem.make(Case((70, 20, 300), h_q=16), device)

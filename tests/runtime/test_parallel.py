@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flashmla_cute import DecodePlan, PagedKVCache, compile, mla_decode, ops, parallel
-from flashmla_cute.kernels.config import TILE, MLAConfig, ScheduleConfig
+from flashmla_cute.kernels.config import TILE, Fp8Config, MLAConfig, ScheduleConfig
 from flashmla_cute.parallel import ContextParallel, Contiguous, DataParallel, Interleaved, Ranks, TensorParallel
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import TOLERANCE
@@ -225,10 +225,12 @@ CASES = (
 )
 
 
-KERNELS = (
+KERNELS = (  # that they launch on two GPUs
     (ops.DecodeOp, MLAConfig(causal=False)),
     (ops.DecodeOp, MLAConfig(causal=False, q_pair=True)),
     (ops.DecodeOp, MLAConfig(causal=True)),
+    (ops.DecodeOp, MLAConfig(causal=True, head_tile=4)),
+    (ops.Fp8DecodeOp, Fp8Config(base=MLAConfig(causal=False))),
     (ops.MergeOp, MLAConfig(causal=False, split="bfloat16")),
     (ops.ScheduleOp, ScheduleConfig()),
     (ops.AppendOp, MLAConfig(causal=False)),
@@ -237,13 +239,14 @@ KERNELS = (
 
 # ---------------------------------------------------------------------- processes
 def process(rank: int, size: int, port: int, device: str, cases, errors):
-    patch = pytest.MonkeyPatch()
+    patch, asked = pytest.MonkeyPatch(), set()
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
         torch.set_num_threads(1)
         if device == "cpu":
             twins.install(patch)
             patch.setattr(twins, "NUM_SMS", 3)
+            patch.setattr(compile, "get", lambda *pair: asked.add(pair) or twins.get(*pair))
             dist.init_process_group("gloo")
         else:
             torch.cuda.set_device(rank)
@@ -253,6 +256,7 @@ def process(rank: int, size: int, port: int, device: str, cases, errors):
             case(rank, size, device)
             dist.barrier()
         dist.destroy_process_group()
+        assert size != 2 or asked <= {*KERNELS}, f"not compiled ahead on GPUs: {asked - {*KERNELS}}"
     except BaseException:
         errors.put(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)  # (the others may be waiting for this one: they are ended below)
