@@ -57,6 +57,7 @@ def formats(model: Model) -> list[Format]:
 def measure(form: Format, tokens: int = MEASURED_TOKENS, device: str = "cuda") -> float:
     """bytes a token by which torch.cuda.memory_allocated grows when a layer's cache for `tokens` tokens is allocated, with the
     block table and the length of one request"""
+    torch.cuda.empty_cache()  # (a block that is kept for reuse counts as a whole, up to 1 MB more than is asked of it)
     before = torch.cuda.memory_allocated(device)
     pages = tokens // TILE
     if len(form.arrays) == 1:  # latent and rope in one array: PagedKVCache's

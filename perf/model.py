@@ -13,8 +13,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import torch
-
 from flashmla_cute import memory
 
 from . import card, report
@@ -62,7 +60,6 @@ def bytes_per_token(device: str = "cuda") -> list[dict]:
         for form in memory.formats(model):
             measured = memory.measure(form, device=device)
             rows.append({"model": model.name, "cache": form.name, "computed": form.bytes_per_token, "measured": measured})
-            torch.cuda.empty_cache()
     return rows
 
 
