@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -51,20 +52,25 @@ def test_splits_of_triton(shape, splits):
 
 
 def measured(rank: int, size: int, device: str):
-    """perf.parallel.measure_row with the kernels' twins, without timing; the capture of `tensor` fails on one rank"""
+    """perf.parallel.measure_row with the kernels' twins, without timing; the capture of `tensor` fails on one rank.  What is
+    captured must be there when graphs are replayed: the tensors they read are its."""
     patch = pytest.MonkeyPatch()
     patch.setattr(parallel.timing, "num_copies", lambda size: 2)
     patch.setattr(parallel, "_eager", lambda launch, copies: float(launch(copies - 1)[0].shape[-1]))
     tried = []
 
     def capture(launch, copies, launches):
-        tried.append(launch)
+        tried.append(weakref.ref(launch))
         if len(tried) == 2 and rank == size - 1:
             raise RuntimeError("no graph")
-        return launch
+        return tried[-1]
+
+    def replay(graphs, launches):
+        assert all(launch() is not None for launch in graphs.values())
+        return {name: [1.0 + rank, 2.0 + rank] for name in graphs}
 
     patch.setattr(parallel, "_capture", capture)
-    patch.setattr(parallel, "_replay", lambda graphs, launches: {name: [1.0 + rank, 2.0 + rank] for name in graphs})
+    patch.setattr(parallel, "_replay", replay)
     records = parallel.measure_row(Row(1, 6, 300, "one request"), 0, device)
     patch.undo()
     if rank > 0:
