@@ -171,6 +171,29 @@ def context_parallel_grows(rank: int, size: int, device: str):
         now.check(*cp.decode(whole.q, layer))
 
 
+def context_parallel_in_a_graph(rank: int, size: int, device: str):
+    """decode and exchange are captured; replays follow the lengths that `update` saw last"""
+    if device == "cpu":
+        return
+    whole, sharding = Whole([70, 3, 131], 4, 2, device), Interleaved(size, 3)
+    cache = whole.shard(sharding, rank)
+    cp = ContextParallel(cache, sharding, 4, 2)
+    layer = cp.cache(cache.pool)
+    cp.decode(whole.q, layer)  # loads, and connects the ranks
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # (NCCL's watchdog thread asks for events meanwhile)
+        out, lse = cp.decode(whole.q, layer)
+    for lengths in (whole.lengths, [65, 2, 64], [1, 0, 131]):
+        cp.seqlens.copy_(torch.tensor(lengths))
+        cp.update()
+        out.fill_(float("nan"))
+        graph.replay()
+        now = Whole(lengths, 4, 2, device)
+        now.q, now.tokens = whole.q, [own[:n] for own, n in zip(whole.tokens, lengths)]
+        now.check(out, lse)
+
+
 def tensor_parallel(rank: int, size: int, device: str):
     whole = Whole([100, 0, 257], 7, 2, device)
     cache = whole.cache(whole.tokens)
@@ -219,6 +242,7 @@ CASES = (
     context_parallel_without_mask,
     context_parallel_fp8,
     context_parallel_grows,
+    context_parallel_in_a_graph,
     tensor_parallel,
     data_parallel,
     groups,
