@@ -337,24 +337,50 @@ def draw_requests(options: argparse.Namespace) -> list[Request]:
     return [Request(prompt, count) for prompt, count in zip(prompts, counts)]
 
 
-def report(options, model, server: Server, requests: list[Request], agreement: Agreement, eager: tuple[float, int]):
-    a, c, pool = model.model.layers[0].self_attn, model.config, server.cache.pool
-    heads, dtype = c.num_attention_heads, options.dtype
-    lengths, differ = [len(request.prompt) for request in requests], agreement.tokens - agreement.equal - agreement.ties
-    mscale, decoded = a.scaling * (NOPE + ROPE) ** 0.5, server.decoded  # (mscale counts twice: for q and for k)
-    per_page = pool[0].nbytes * c.num_hidden_layers
-    expanded = (NOPE + ROPE + VALUE) * heads / (LATENT + ROPE)
+@torch.no_grad()
+def serve(options: argparse.Namespace, attention: type) -> dict:
+    """the numbers of a run: what `report` prints"""
+    model, requests = random_model(options, attention.device), draw_requests(options)
+    longest = max(len(request.prompt) + request.new_tokens for request in requests)
+    pages, prompts = [request.pages for request in requests], [len(request.prompt) for request in requests]
+    num_pages = max(max(pages), sum(pages) * options.rows // len(pages))  # room for as many average requests as there are rows
+    server = Server(model, attention, options.rows, num_pages, longest)
+    server.run(requests)
+    agreement = compare(model, requests)
+    eager_s, eager_bytes = serve_eagerly(model, requests, options.rows)
+    a, pool = model.model.layers[0].self_attn, server.cache.pool
+    return {
+        **{name: getattr(options, name) for name in ("dtype", "layers", "hidden", "heads", "rows", "requests", "seed")},
+        "mscale": a.scaling * (NOPE + ROPE) ** 0.5,  # (counts twice: for q and for k)
+        "prompts": [min(prompts), max(prompts)],
+        **{name: getattr(agreement, name) for name in ("tokens", "equal", "eager_equal", "ties")},
+        "logits_error": agreement.ours,
+        "eager_logits_error": agreement.eager,
+        "agrees": agreement.holds,
+        "tokens_per_s": server.decoded / server.decode_s,
+        "eager_tokens_per_s": server.decoded / eager_s,
+        "cache_bytes": server.most_pages * pool[0].nbytes * options.layers,
+        "eager_cache_bytes": eager_bytes,
+        "expanded": (NOPE + ROPE + VALUE) * options.heads / (LATENT + ROPE),
+        "pages": pool.shape[0],
+        "pages_taken": server.taken,
+    }
+
+
+def report(run: dict):
+    differ = run["tokens"] - run["equal"] - run["ties"]
     print(
-        f"model     {c.num_hidden_layers} layers, hidden {c.hidden_size}, {heads} heads, {dtype}; yarn, scores * {mscale:.3f}\n"
-        f"requests  {len(requests)} in {options.rows} rows; prompts of {min(lengths)} to {max(lengths)} tokens, "
-        f"{agreement.tokens} new tokens\n"
-        f"tokens    {agreement.equal} are eager's in float32 (of eager in {dtype} {agreement.eager_equal}), "
-        f"{agreement.ties} tie with it within rounding, {differ} differ\n"
-        f"logits    error against float32: {agreement.ours:.1e} of their deviation; of eager in {dtype} {agreement.eager:.1e}\n"
-        f"decode    {decoded / server.decode_s:.0f} tokens/s, eager {decoded / eager[0]:.0f} tokens/s\n"
-        f"cache     {server.most_pages * per_page / 1e6:.2f} MB in use at most, eager {eager[1] / 1e6:.2f} MB (padded); "
-        f"heads expanded would be {expanded:.1f} times as much\n"
-        f"pages     {pool.shape[0]} served requests that took {server.taken} in all"
+        "model     {layers} layers, hidden {hidden}, {heads} heads, {dtype}; yarn, scores * {mscale:.3f}\n"
+        "requests  {requests} in {rows} rows; prompts of {prompts[0]} to {prompts[1]} tokens, {tokens} new tokens\n"
+        "tokens    {equal} are eager's in float32 (of eager in {dtype} {eager_equal}), "
+        "{ties} tie with it within rounding, {differ} differ\n"
+        "logits    error against float32: {logits_error:.1e} of their deviation; of eager in {dtype} {eager_logits_error:.1e}\n"
+        "decode    {tokens_per_s:.0f} tokens/s, eager {eager_tokens_per_s:.0f} tokens/s\n"
+        "cache     {mb:.2f} MB in use at most, eager {eager_mb:.2f} MB (padded); "
+        "heads expanded would be {expanded:.1f} times as much\n"
+        "pages     {pages} served requests that took {pages_taken} in all".format(
+            **run, differ=differ, mb=run["cache_bytes"] / 1e6, eager_mb=run["eager_cache_bytes"] / 1e6
+        )
     )
 
 
@@ -373,7 +399,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     attention = {"kernels": Kernels, "reference": Reference}[options.attention]
@@ -384,16 +409,10 @@ def main(argv: list[str] | None = None) -> int:
     if attention is Kernels and not hopper:
         print("no Hopper GPU: the kernels cannot run; --attention reference takes float64 on the CPU instead", file=sys.stderr)
         return 1
-    model, requests = random_model(options, attention.device), draw_requests(options)
-    longest = max(len(request.prompt) + request.new_tokens for request in requests)
-    pages = [request.pages for request in requests]
-    num_pages = max(max(pages), sum(pages) * options.rows // len(pages))  # room for as many average requests as there are rows
-    server = Server(model, attention, options.rows, num_pages, longest)
-    server.run(requests)
-    agreement = compare(model, requests)
-    report(options, model, server, requests, agreement, serve_eagerly(model, requests, options.rows))
-    print("agrees with the eager model" if agreement.holds else "does NOT agree with the eager model")
-    return 0 if agreement.holds else 1
+    run = serve(options, attention)
+    report(run)
+    print("agrees with the eager model" if run["agrees"] else "does NOT agree with the eager model")
+    return 0 if run["agrees"] else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.table import Table
 from .kernels.config import TILE
 from .kv_cache import PagedKVCache
 
-MEASURED_TOKENS = 64 * TILE * 16  # of one layer; 4.3 GB with 128 heads
+MEASURED_BYTES = 1 << 32  # of one layer: the allocator rounds by up to 2 MB, which is then nothing
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ def formats(model: Model) -> list[Format]:
     ]
 
 
-def measure(form: Format, tokens: int = MEASURED_TOKENS, device: str = "cuda") -> float:
-    """bytes a token by which torch.cuda.memory_allocated grows when a layer's cache for `tokens` tokens is allocated, with the
+def measure(form: Format, size: int = MEASURED_BYTES, device: str = "cuda") -> float:
+    """bytes a token by which torch.cuda.memory_allocated grows when a layer's cache of `size` bytes is allocated, with the
     block table and the length of one request"""
+    pages = size // form.bytes_per_token // TILE
+    tokens = pages * TILE
+    torch.cuda.empty_cache()  # (a block kept for reuse would count as a whole)
     before = torch.cuda.memory_allocated(device)
-    if form.name == "MLA bf16":
-        held = PagedKVCache.allocate(tokens // TILE, 1, tokens, device=device)
-    else:
-        pages = tokens // TILE  # of bytes: the fields of a token lie side by side
+    if len(form.arrays) == 1:  # latent and rope in one array: PagedKVCache's
+        held = PagedKVCache.allocate(pages, 1, tokens, dtype=form.arrays[0][1], device=device)
+    else:  # bytes: the fields of a token lie side by side
         pool = torch.empty(pages, TILE, form.bytes_per_token, dtype=torch.uint8, device=device)
         held = pool, torch.empty(pages + 1, dtype=torch.int32, device=device)
     grown = torch.cuda.memory_allocated(device) - before

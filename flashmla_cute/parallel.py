@@ -120,7 +120,8 @@ class Ranks:
             raise RuntimeError(f"{connected} of {self.size} ranks answered")
 
     def exchange(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> None:
-        """send[i] goes to rank i % size, receive[i] comes from there; contiguous, on torch's current stream."""
+        """send[i] goes to rank i % size, receive[i] comes from there; contiguous, on torch's current stream.  What has no
+        elements, which both ends know, is not sent."""
         operations = []
         for i, (outgoing, incoming) in enumerate(zip(send, receive)):
             peer = i % self.size
@@ -129,8 +130,9 @@ class Ranks:
                     incoming.copy_(outgoing)
                 continue
             address = peer if self.group is None else dist.get_global_rank(self.group, peer)
-            operations.append(dist.P2POp(dist.isend, outgoing, address, self.group))
-            operations.append(dist.P2POp(dist.irecv, incoming, address, self.group))
+            for operation, tensor in ((dist.isend, outgoing), (dist.irecv, incoming)):
+                if tensor.numel() > 0:
+                    operations.append(dist.P2POp(operation, tensor, address, self.group))
         for request in dist.batch_isend_irecv(operations) if operations else ():
             request.wait()
 

@@ -111,16 +111,17 @@ def measure_row(row: Row, seed: int, device: str) -> list[dict]:
     launches = timing.num_launches(copies, roofline.expected_us(row))
     problem = Problem.make(row, copies, seed, device=device)
     expected = problem.expected(0)
-    records, graphs = {}, {}
+    records, methods, graphs = {}, {}, {}  # (a graph reads its method's plan and caches: they live as long as it does)
     for name, prepare in METHODS.items():
         record = records[name] = {"method": name, "b": row.b, "s_q": row.s_q, "h_q": row.h_q, "s_k": max(row.lengths)}
         record |= dict.fromkeys(("us", "us_spread", "eager_us", "rel_err", "lse_err", "cache_bytes_per_gpu", "error"))
         with _agreeing(record):
-            record |= _checked(method := prepare(problem), expected, row)
+            methods[name] = prepare(problem)
+            record |= _checked(methods[name], expected, row)
         if record["error"] is None:
             with _agreeing(record):
-                record["eager_us"] = _eager(method.launch, copies)
-                graphs[name] = _capture(method.launch, copies, launches)
+                record["eager_us"] = _eager(methods[name].launch, copies)
+                graphs[name] = _capture(methods[name].launch, copies, launches)
         if record["error"]:
             graphs.pop(name, None)
     for name, samples in _replay(graphs, launches).items():

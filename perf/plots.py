@@ -106,7 +106,7 @@ def relative(result: dict):
 
     groups = [group for group in report.by_shape(result["rows"]) if group.get(ours.NAME, {}).get("us")]
     names = _implementations(result)
-    figure, axes = plt.subplots(figsize=(max(6, 1.3 * len(groups) + 2), 4.4))
+    figure, axes = plt.subplots(figsize=(max(6, 1.7 * len(groups) + 2), 4.4))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         us = [(at + i * width, group.get(name, {}).get("us"), group[ours.NAME]["us"]) for at, group in enumerate(groups)]
@@ -121,8 +121,8 @@ def relative(result: dict):
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.axhline(1.0, color="black", linewidth=1)
-    axes.legend(fontsize=8)
-    figure.suptitle(_title(result))
+    axes.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.suptitle(_title(result), y=1.02)
     return figure
 
 

@@ -2,12 +2,13 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from perf import invariance, ours, parallel, peers, plots
+from perf import invariance, model, ours, parallel, peers, plots
 from perf.peers import triton_mla
 from perf.workloads import Row
 
@@ -29,9 +30,10 @@ def test_parallel_says_what_is_missing(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_invariance_says_what_is_missing(capsys):
-    assert invariance.main([]) == 2
-    assert capsys.readouterr().err.startswith("perf.invariance: no CUDA device")
+@pytest.mark.parametrize("script", [invariance, model], ids=lambda script: script.__name__)
+def test_scripts_say_what_is_missing(script, capsys):
+    assert script.main([]) == 2
+    assert capsys.readouterr().err.startswith(f"{script.__name__}: no CUDA device")
 
 
 @pytest.mark.parametrize(
@@ -50,20 +52,25 @@ def test_splits_of_triton(shape, splits):
 
 
 def measured(rank: int, size: int, device: str):
-    """perf.parallel.measure_row with the kernels' twins, without timing; the capture of `tensor` fails on one rank"""
+    """perf.parallel.measure_row with the kernels' twins, without timing; the capture of `tensor` fails on one rank.  What is
+    captured must be there when graphs are replayed: the tensors they read are its."""
     patch = pytest.MonkeyPatch()
     patch.setattr(parallel.timing, "num_copies", lambda size: 2)
     patch.setattr(parallel, "_eager", lambda launch, copies: float(launch(copies - 1)[0].shape[-1]))
     tried = []
 
     def capture(launch, copies, launches):
-        tried.append(launch)
+        tried.append(weakref.ref(launch))
         if len(tried) == 2 and rank == size - 1:
             raise RuntimeError("no graph")
-        return launch
+        return tried[-1]
+
+    def replay(graphs, launches):
+        assert all(launch() is not None for launch in graphs.values())
+        return {name: [1.0 + rank, 2.0 + rank] for name in graphs}
 
     patch.setattr(parallel, "_capture", capture)
-    patch.setattr(parallel, "_replay", lambda graphs, launches: {name: [1.0 + rank, 2.0 + rank] for name in graphs})
+    patch.setattr(parallel, "_replay", replay)
     records = parallel.measure_row(Row(1, 6, 300, "one request"), 0, device)
     patch.undo()
     if rank > 0:

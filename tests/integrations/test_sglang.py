@@ -173,7 +173,7 @@ def test_an_fp8_cache_is_read_as_it_was_cast(sglang, device, monkeypatch):
     backend = make_backend(sglang, monkeypatch, runner)
     backend.init_forward_metadata(make_batch(problem))
     out, pool = run(backend, problem), runner.token_to_kv_pool.buffer.view_as(problem.cache.pool)
-    check(problem, out.view(-1, H, 512), backend.forward_metadata.decode(pair(problem), pool, SCALE)[1])
+    check(problem, out.view(-1, H, 512), backend.forward_metadata.decode(pair(problem), pool, SCALE)[1], pool.dtype)
 
 
 def test_new_tokens_are_written(sglang, device, monkeypatch, writes):

@@ -28,15 +28,15 @@ def plan(steps: DecodeSteps, problem: Problem):
     return steps.plan(problem.cache.block_table, problem.cache.cache_seqlens, problem.case.s_q)
 
 
-def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor):
-    """out [tokens, heads, latent] and lse [tokens, heads], contiguous, against float64"""
+def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor, cache: torch.dtype | None = None):
+    """out [tokens, heads, latent] and lse [tokens, heads], contiguous, against float64; cache: its dtype, if not that of q"""
     case = problem.case
     tokens = len(case.lengths) * case.s_q
     assert out.shape == (tokens, case.h_q, case.latent) and out.is_contiguous() and out.dtype == case.dtype
     assert lse.shape == (tokens, case.h_q) and lse.is_contiguous() and lse.dtype == torch.float32
     by_request = lse.view(-1, case.s_q, case.h_q).transpose(1, 2)
     errors = problem.errors(out.view(-1, case.s_q, case.h_q, case.latent), by_request)
-    assert errors.within(case.dtype), f"{errors}\n{case}"
+    assert errors.within(cache or case.dtype), f"{errors}\n{case}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -116,7 +116,25 @@ def test_a_step_over_fp8_decodes(device, pair):
     steps.warm_up(2, pair=pair)
     q = problem.q.flatten(0, 1)
     q = (q[..., :512], q[..., 512:]) if pair else q
-    check(problem, *plan(steps, problem).decode(q, pool, problem.case.softmax_scale, scale))
+    check(problem, *plan(steps, problem).decode(q, pool, problem.case.softmax_scale, scale), pool.dtype)
+
+
+def test_layers_that_share_a_pool_keep_their_scales(device):
+    """an FP8 cache is known by its pool and its scale: the second layer must not decode with the first one's"""
+    problem = Problem.make(Case((70, 1, 0, 300), h_q=16), device)
+    pool, scales = problem.cache.pool.to(torch.float8_e4m3fn), torch.tensor([0.5, 1.0], device=device)
+    step = plan(DecodeSteps(16, (512, 64), 64, torch.bfloat16, pool.dtype, device), problem)
+
+    def decodes_with(scale: torch.Tensor):
+        problem.cache.pool.copy_(pool.float() * scale)  # (exact in bf16)
+        results = step.decode(problem.q.flatten(0, 1), pool, problem.case.softmax_scale, scale)
+        check(problem, *results, pool.dtype)
+        assert len(step._caches) <= 2
+
+    for i in (0, 1, 0, 1):
+        decodes_with(scales[i])
+    scales[0] = 0.25  # which the launch reads, as a server that calibrates its scales expects
+    decodes_with(scales[0])
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -151,7 +151,8 @@ def test_an_fp8_cache(vllm, device, monkeypatch):
     problem.cache.pool.copy_(pool.float() * 0.5)  # (exact in bf16)
     metadata = builder.build(0, common(problem))
     out, _ = impl.forward_mqa(pair(problem), pool.squeeze(2), metadata, layer)
-    check(problem, out, metadata.decode.step.decode(pair(problem), pool.squeeze(2), SCALE, layer._k_scale)[1])
+    _, lse = metadata.decode.step.decode(pair(problem), pool.squeeze(2), SCALE, layer._k_scale)
+    check(problem, out, lse, pool.dtype)
 
 
 def test_requests_that_pad_a_batch(vllm, device, monkeypatch):

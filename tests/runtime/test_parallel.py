@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flashmla_cute import DecodePlan, PagedKVCache, compile, mla_decode, ops, parallel
-from flashmla_cute.kernels.config import TILE, MLAConfig, ScheduleConfig
+from flashmla_cute.kernels.config import TILE, Fp8Config, MLAConfig, ScheduleConfig
 from flashmla_cute.parallel import ContextParallel, Contiguous, DataParallel, Interleaved, Ranks, TensorParallel
 from flashmla_cute.reference import reference_decode
 from flashmla_cute.testing import TOLERANCE
@@ -171,6 +171,29 @@ def context_parallel_grows(rank: int, size: int, device: str):
         now.check(*cp.decode(whole.q, layer))
 
 
+def context_parallel_in_a_graph(rank: int, size: int, device: str):
+    """decode and exchange are captured; replays follow the lengths that `update` saw last"""
+    if device == "cpu":
+        return
+    whole, sharding = Whole([70, 3, 131], 4, 2, device), Interleaved(size, 3)
+    cache = whole.shard(sharding, rank)
+    cp = ContextParallel(cache, sharding, 4, 2)
+    layer = cp.cache(cache.pool)
+    cp.decode(whole.q, layer)  # loads, and connects the ranks
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # (NCCL's watchdog thread asks for events meanwhile)
+        out, lse = cp.decode(whole.q, layer)
+    for lengths in (whole.lengths, [65, 2, 64], [1, 0, 131]):
+        cp.seqlens.copy_(torch.tensor(lengths))
+        cp.update()
+        out.fill_(float("nan"))
+        graph.replay()
+        now = Whole(lengths, 4, 2, device)
+        now.q, now.tokens = whole.q, [own[:n] for own, n in zip(whole.tokens, lengths)]
+        now.check(out, lse)
+
+
 def tensor_parallel(rank: int, size: int, device: str):
     whole = Whole([100, 0, 257], 7, 2, device)
     cache = whole.cache(whole.tokens)
@@ -219,16 +242,19 @@ CASES = (
     context_parallel_without_mask,
     context_parallel_fp8,
     context_parallel_grows,
+    context_parallel_in_a_graph,
     tensor_parallel,
     data_parallel,
     groups,
 )
 
 
-KERNELS = (
+KERNELS = (  # that they launch on two GPUs
     (ops.DecodeOp, MLAConfig(causal=False)),
     (ops.DecodeOp, MLAConfig(causal=False, q_pair=True)),
     (ops.DecodeOp, MLAConfig(causal=True)),
+    (ops.DecodeOp, MLAConfig(causal=True, head_tile=4)),
+    (ops.Fp8DecodeOp, Fp8Config(base=MLAConfig(causal=False))),
     (ops.MergeOp, MLAConfig(causal=False, split="bfloat16")),
     (ops.ScheduleOp, ScheduleConfig()),
     (ops.AppendOp, MLAConfig(causal=False)),
@@ -237,13 +263,14 @@ KERNELS = (
 
 # ---------------------------------------------------------------------- processes
 def process(rank: int, size: int, port: int, device: str, cases, errors):
-    patch = pytest.MonkeyPatch()
+    patch, asked = pytest.MonkeyPatch(), set()
     try:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
         torch.set_num_threads(1)
         if device == "cpu":
             twins.install(patch)
             patch.setattr(twins, "NUM_SMS", 3)
+            patch.setattr(compile, "get", lambda *pair: asked.add(pair) or twins.get(*pair))
             dist.init_process_group("gloo")
         else:
             torch.cuda.set_device(rank)
@@ -253,6 +280,7 @@ def process(rank: int, size: int, port: int, device: str, cases, errors):
             case(rank, size, device)
             dist.barrier()
         dist.destroy_process_group()
+        assert size != 2 or asked <= {*KERNELS}, f"not compiled ahead on GPUs: {asked - {*KERNELS}}"
     except BaseException:
         errors.put(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)  # (the others may be waiting for this one: they are ended below)
