@@ -90,9 +90,9 @@ class DecodePlan:
         config = config or (BATCH_INVARIANT if batch_invariant else ScheduleConfig())
         fixed = config.max_pieces > 0
         need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
-        if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:
+        if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:  # what the kernel can gather
             config = replace(config, gather_tiles=MLAConfig(kv=cache.format, causal=False).ring_slots)
-        self.fixed_pieces = fixed
+        self.fixed_pieces = config.gather_tiles > 0
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
         if not isinstance(options, DecodeOptions):
             raise TypeError(f"options is a {type(options).__name__}; allowed: DecodeOptions")
@@ -121,10 +121,11 @@ class DecodePlan:
         self.row_tiles = heuristics.row_tiles(head_tile, num_queries, num_heads, cache.num_kv_heads)
         self.max_parts = heuristics.max_parts(self.row_tiles, self.num_sms)
         int32 = lambda *shape: torch.empty(shape, dtype=torch.int32, device=self.device)
-        self.items = int32(max(1, num_items(self.batch, self.max_parts)), RECORD)
+        sizes = (self.batch, self.row_tiles, self.max_parts, -(-self.capacity // TILE), config)
+        self.items = int32(max(1, num_items(*sizes)), RECORD)
         self.parts = int32(self.max_parts, PART)
         self.merges = int32(1 + self.batch, MERGE)
-        slots = num_slots(self.batch, self.row_tiles, self.max_parts, -(-self.capacity // TILE), config)
+        slots = num_slots(*sizes)
         self.o_split = torch.empty(slots, num_queries, num_heads, cache.format.latent, dtype=partials, device=self.device)
         self.lse_split = torch.empty(slots, num_queries, num_heads, dtype=torch.float32, device=self.device)
         self.constants = _constants(config)

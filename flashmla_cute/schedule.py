@@ -78,8 +78,10 @@ def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config
     return max(1, 2 * max_parts - 2)
 
 
-def num_items(batch: int, max_parts: int) -> int:
-    """records that `batch` requests can need: one each, and one for every cut"""
+def num_items(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
+    """records that they can need: one for each request and for every cut, or one for each piece"""
+    if config.max_pieces and not config.gather_tiles:
+        return batch * num_pieces(max_tiles, row_tiles, config)
     return batch + max_parts
 
 
@@ -219,6 +221,8 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
     inside = [0, *accumulate(int(tile > 0 and (p == 0 or cuts[p - 1] != (r, tile))) for p, (r, tile) in enumerate(cuts))]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
+    if config.max_pieces and not config.gather_tiles:  # a piece is an item
+        part_begin = [first_piece[r] + (_piece_edges(tiles[r], pieces[r]).index(tile) if tile else 0) for r, tile in cuts]
     items, merges, next_slot = [], [], 0
     for request, n in enumerate(tiles):
         edges = [0, *sorted({tile for r, tile in cuts[1:parts] if r == request and tile > 0}), n]
@@ -227,6 +231,7 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
             merges.append(Merge(request, 0, 0))
         elif num > 1:
             slot, gathers = first_piece[request], whole and 0 < config.gather_tiles <= n // num
+            edges = edges if config.gather_tiles else _piece_edges(n, num)
             items += [_run(Item(request, a, b, slot, seqlen), n, num, gathers) for a, b in pairwise(edges)]
             merges += [] if gathers else [Merge(request, slot, num)]
         elif whole:
@@ -239,9 +244,13 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)
 
 
+def _piece_edges(tiles: int, pieces: int) -> list[int]:
+    return [piece_edge(tiles, pieces, i) for i in range(pieces + 1)]
+
+
 def _run(item: Item, tiles: int, pieces: int, gathers: bool) -> Item:
     """of fixed pieces: `item` with the slot of its first one, and their lengths if they are several"""
-    piece_of = {piece_edge(tiles, pieces, i): i for i in range(pieces + 1)}
+    piece_of = {edge: i for i, edge in enumerate(_piece_edges(tiles, pieces))}
     first, end = piece_of[item.first], piece_of[item.end]
     packed = pack_pieces(tiles, pieces, first, gathers) if end - first > 1 else 0
     return replace(item, slot=item.slot + first, pieces=packed)

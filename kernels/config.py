@@ -82,7 +82,7 @@ class MLAConfig:
     q_pair: bool = False  # the rope columns of q are a tensor of their own
     sink: bool = False  # a logit per head joins the softmax's sum, without a value
     ragged: bool = False  # requests of different query counts, their tokens one after the other in q, out and lse
-    fixed_pieces: bool = False  # an item may be several pieces of a request, each with a result of its own (batch invariance)
+    fixed_pieces: bool = False  # an item may be several pieces of a request, each with a result of its own (parts/pieces.py)
 
     head_tile: int = 0  # heads of one token that are neighbours in a row tile; 0: rows are one strided axis (parts/rows.py)
     split: str = "float16"  # element type of partial results: half the bytes of float32, -18 % at batch 1; clamps at 65504
@@ -102,11 +102,6 @@ class MLAConfig:
     @property
     def ring_slots(self) -> int:
         return self.stages or RING_BYTES // (TILE * self.kv.latent * self.kv.itemsize)
-
-    @property
-    def gathers(self) -> bool:
-        """the last piece of a request adds up the others, which come back through the ring"""
-        return self.fixed_pieces and self.split == "float16"
 
     @property
     def box_tokens(self) -> int:
@@ -169,6 +164,10 @@ class MLAConfig:
             f"options.softcap is {options.softcap}; allowed: 0 (none) or a positive number",
         )
         need(options.out in ("", "float32"), f'options.out is {options.out}; allowed: "" (q\'s) or "float32"')
+        need(
+            not self.fixed_pieces or self.split == "float16",
+            f"split is {self.split}; allowed: float16 with fixed_pieces, a partial result is a slot of the ring",
+        )
         need(not self.q_pair or self.kv.rope > 0, f"q_pair is {self.q_pair}; allowed: False, there are no rope columns")
         registers = self.score_registers + 2 * self.value_registers
         need(
@@ -296,7 +295,8 @@ class ScheduleConfig:
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
     piece_tiles: int = 48  # or as many of this length as it holds, if that is more
-    gather_tiles: int = 0  # a CTA that has all of a request's pieces adds them up if each has so many tiles; 0: never
+    gather_tiles: int = 0  # an item may be several pieces, and a request that is one adds up its own if each has so many tiles;
+    # 0: a piece is an item, and kernels/combine.py adds up all
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 

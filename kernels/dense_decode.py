@@ -188,7 +188,7 @@ def allocate(config):
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
         inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
-        gathered: cute.struct.MemRange[Float32, 3 * TILE if config.gathers else 0]
+        gathered: cute.struct.MemRange[Float32, 3 * TILE if config.fixed_pieces else 0]
         item: cute.struct.MemRange[Int32, record_slots(config.ring_slots) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
@@ -210,7 +210,7 @@ def allocate(config):
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
-        gathered=plain(storage.gathered, TILE, 3) if config.gathers else None,
+        gathered=plain(storage.gathered, TILE, 3) if config.fixed_pieces else None,
         item=plain(storage.item, RECORD, record_slots(config.ring_slots)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
     )
@@ -280,7 +280,9 @@ class DenseDecode:
             q=query_operand(config, q, 0, BLOCK, blocks),
             q_last=query_operand(config, q, latent - BLOCK, BLOCK, 1),
             q_rope=query_operand(config, rope_of, rope_column, rope, 1, step=BLOCK) if rope else None,
-            piece=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks) if config.gathers else None,
+            piece=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks)
+            if config.fixed_pieces
+            else None,
             latent=cache_operand(config, cache, 0, BLOCK, blocks),
             rope=cache_operand(config, cache, latent, rope, 1, step=BLOCK) if rope else None,
             block_table=block_table,
@@ -342,7 +344,7 @@ class DenseDecode:
 
     def _pieces(self, args, smem, bars):
         ring = smem.piece_ring, bars.slot_full, bars.slot_empty
-        return FixedPieces(self.config, self.config.gathers, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
+        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
 
     def _tile_loads(self, args, smem, bars, rows):
         """of the latent and the rope columns (None: there are none)"""
@@ -549,7 +551,7 @@ class DenseDecode:
                 q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
         q, piece = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
-        if config.gathers:
+        if config.fixed_pieces:
             piece = query_load(replace(config, ragged=False), args.piece, rows, smem.piece_ring, bars.slot_full)
         return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, piece=piece)
 

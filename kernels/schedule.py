@@ -12,8 +12,8 @@ A split piece has a slot for its partial result, those of a request one after th
 request, and one for each request that has such cuts.
 
 With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for, each with the
-slot of its own number.  Cuts move to their edges, an item is a run of pieces, and the merge keeps to one order.  A request that
-is not cut is merged by the CTA that has it (config.gather_tiles), one that is cut by kernels/combine.py.
+slot of its own number.  Cuts move to their edges, and the merge keeps to one order.  An item is a piece, or with
+config.gather_tiles a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py).
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from .parts.spans import (
     pack_pieces,
     piece_at,
     piece_cut,
+    piece_edge,
     upper_bound,
 )
 from .parts.work import BEGIN, COUNT, MERGE, MERGE_GROUPS, PART, RECORD
@@ -69,6 +70,7 @@ class Smem:
 class BuildSchedule:
     def __init__(self, config: ScheduleConfig):
         self.config = config
+        self.items_are_pieces = config.max_pieces > 0 and config.gather_tiles == 0
 
     @cute.jit
     def __call__(
@@ -182,6 +184,14 @@ class BuildSchedule:
         return num_pieces(tiles, args.row_tiles, config.max_pieces, config.piece_gain, config.piece_tiles)
 
     @cute.jit
+    def _num_items(self, args: Args, tiles: Int32) -> Int32:
+        """before the cuts"""
+        items = Int32(1) if tiles > 0 else Int32(0)
+        if const_expr(self.items_are_pieces):
+            items = self._num_pieces(args, tiles)
+        return items
+
+    @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):
         """1"""
         tid, _, _ = cute.arch.thread_idx()
@@ -194,9 +204,9 @@ class BuildSchedule:
                 smem.pieces[0] = 0
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             tiles = self._num_tiles(args, base + tid)
-            item = Int32(1) if tiles > 0 else Int32(0)
-            weight, cost_sum = self._scan(smem, tiles + self.config.item_tiles * item)
-            count, item_sum = self._scan(smem, item)
+            own = Int32(self.config.item_tiles) if tiles > 0 else Int32(0)
+            weight, cost_sum = self._scan(smem, tiles + own)
+            count, item_sum = self._scan(smem, self._num_items(args, tiles))
             if base + tid < batch:
                 smem.prefix[base + tid + 1] = cost + weight
                 smem.items[base + tid + 1] = items + count
@@ -278,11 +288,38 @@ class BuildSchedule:
         smem.inside[p] = through - inside
         smem.slot[p] = through - inside + split
         smem.begin[p] = smem.items[request] + through
+        if const_expr(self.items_are_pieces):
+            smem.begin[p] = smem.items[request] + self._piece_at(args, smem, request, tile)
         cute.arch.sync_threads()
+
+    @cute.jit
+    def _piece_at(self, args: Args, smem: Smem, request: Int32, tile: Int32) -> Int32:
+        piece = Int32(0)
+        if tile > 0:
+            piece = piece_at(self._num_tiles(args, request), smem.pieces[request + 1] - smem.pieces[request], tile)
+        return piece
 
     @cute.jit
     def _items(self, args: Args, smem: Smem, parts: Int32):
         """4"""
+        if const_expr(self.items_are_pieces):
+            self._all_pieces(args, smem)
+        else:
+            self._runs(args, smem, parts)
+
+    @cute.jit
+    def _all_pieces(self, args: Args, smem: Smem):
+        tid, _, _ = cute.arch.thread_idx()
+        batch = args.cache_seqlens.shape[0]
+        for item in cutlass.range(tid, smem.items[batch], self.config.num_threads, unroll=1):
+            request = upper_bound(smem.items, batch, item) - 1
+            first = smem.items[request]
+            tiles, pieces = self._num_tiles(args, request), smem.items[request + 1] - first
+            begin, end = piece_edge(tiles, pieces, item - first), piece_edge(tiles, pieces, item - first + 1)
+            self._write(args, smem, item, (request, begin, end, Int32(-1)))
+
+    @cute.jit
+    def _runs(self, args: Args, smem: Smem, parts: Int32):
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
         for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
@@ -384,9 +421,9 @@ class BuildSchedule:
             p = self._first_cut_after(smem, request, parts)
             is_split = smem.cut_request[p] == request
             if const_expr(self.config.max_pieces > 0):
-                first_slot, fixed = smem.pieces[request], smem.pieces[request + 1] - smem.pieces[request]
-                if is_split | ~self._gathers(self._num_tiles(args, request), fixed):
-                    pieces = fixed
+                first_slot, pieces = smem.pieces[request], smem.pieces[request + 1] - smem.pieces[request]
+                if ~is_split & self._gathers(self._num_tiles(args, request), pieces):
+                    pieces = Int32(1)
             elif is_split:
                 first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
         return pieces, first_slot

@@ -50,7 +50,6 @@ class FixedPieces:
     """what both roles do where pieces end; nothing, in a configuration that has none"""
 
     config: Constexpr
-    gathers: Constexpr[bool]
     result: Outputs
     sink: cute.Tensor | None
     inv_sum: cute.Tensor  # smem (row, item parity); the pieces of an item share one, they have two tiles or more
@@ -74,7 +73,7 @@ class FixedPieces:
     @cute.jit
     def gather_lse(self, softmax, item, rows, piece: Piece):
         """with p of the last tile of all"""
-        if const_expr(self.gathers):
+        if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
                 sums = Sums.of(softmax, self.result.lse_split, self.sink, item, piece, rows)
                 for i, rValues in enumerate((sums.most, sums.own, sums.factor)):
@@ -84,7 +83,7 @@ class FixedPieces:
     @cute.jit
     def skip(self, item, pos: RingPos) -> RingPos:
         """the slots that only VALUE reads: unless SCORE sees each filled before it is left, two phases look like none"""
-        if const_expr(self.gathers):
+        if const_expr(self.config.fixed_pieces):
             for _ in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
                 cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
                 arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
@@ -98,8 +97,7 @@ class FixedPieces:
             if (tile + 1 == piece.edge) & (tile + 1 < item.end):
                 inv_sum = self._of_my_rows(self.inv_sum[None, it & 1])
                 store_item_o(self.config, half, rO, inv_sum, self.result, replace(item, slot=piece.slot), rows)
-                if const_expr(self.gathers):
-                    cute.arch.fence_proxy("async.global")  # TMA will read it
+                cute.arch.fence_proxy("async.global")  # TMA will read it
                 rO.fill(0.0)
                 piece = piece.next()
         return piece
@@ -107,7 +105,7 @@ class FixedPieces:
     @cute.jit
     def gather(self, half: Constexpr[int], rO, mma, it: Int32, item, rows, piece: Piece, *, loads, cursor, pos, refills):
         """refills: this warp requests the ring's slots; returns its cursor, and where in the ring it is"""
-        if const_expr(self.gathers):
+        if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
                 start_sum(rO, self._of_my_rows(self.inv_sum[None, it & 1]), self._of_my_rows(self.gathered[None, 1]))
                 for back in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
@@ -129,7 +127,7 @@ class FixedPieces:
     def last(self, it: Int32, item, rows, piece: Piece, row: Int32):
         """slot (-1: final) and factors of what VALUE holds at an item's end"""
         slot, factors = piece.slot, (self.inv_sum[row, it & 1], self.inv_sum[row + 8, it & 1])
-        if const_expr(self.gathers):
+        if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
                 slot, factors = Int32(-1), (self.gathered[row, 2], self.gathered[row + 8, 2])
         return slot, factors

@@ -91,7 +91,7 @@ def test_pieces_have_slots_of_their_own_and_are_merged(problem):
     assert len(set(slots)) == len(slots)
     sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tokens, reach)), config
     assert all(0 <= slot < schedule.num_slots(*sizes) for slot in slots)
-    assert len(plan.items) <= schedule.num_items(len(lengths), max_parts)
+    assert len(plan.items) <= schedule.num_items(*sizes)
     items = {i: [item for item in plan.items if item.batch == i] for i in range(len(lengths))}
     pieces = {i: [slot for item in mine for slot in slots_of(item)] for i, mine in items.items()}
     assert all((slot < 0) == (len(mine) == 1) for mine in pieces.values() for slot in mine)
