@@ -34,7 +34,13 @@ SHAPES = (  # every (latent, rope), a page of each kind of box, every option
     MLAConfig(kv=KVFormat("bfloat16", 256, 32), page=32, causal=False, options=DecodeOptions(window=100)),
     MLAConfig(kv=KVFormat("bfloat16", 128, 32), head_tile=16, page=1024, options=DecodeOptions(lse_by_token=True)),
 )
-OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED, *SHAPES
+PIECES = (
+    MLAConfig(causal=False, fixed_pieces=True),
+    MLAConfig(fixed_pieces=True, ragged=True, head_tile=16, sink=True),
+    MLAConfig(kv=KVFormat("float16", 128, 32), fixed_pieces=True, page=32, q_pair=True, options=DecodeOptions(out="float32")),
+    MLAConfig(fixed_pieces=True, lane_arrivals=True),
+)
+OTHERS = MLAConfig(split="float32"), MLAConfig(split="bfloat16"), MLAConfig(lane_arrivals=True), *RAGGED, *SHAPES, *PIECES
 FLAT = FP8_FORMATS["float8_e4m3fn"]
 
 
