@@ -217,12 +217,12 @@ def test_strided_pool(record, dtype, strides):
 
 
 @every_dtype
-def test_pool_beyond_2_31_elements(record, dtype):
+@pytest.mark.parametrize("elements, num_pages", [(2**31, 58_400), (2**32, 116_700)])
+def test_pool_beyond(record, dtype, elements, num_pages):
     problem = Problem.make(Case((700, 0, 65, 3000), 128, dtype=dtype))
     plain, count = clone(problem.run()), problem.cache.pool.shape[0]
-    num_pages = 58_400
     moved = moved_pages(problem, num_pages, num_pages - count)
-    assert (num_pages - count) * 64 * 576 > 2**31
+    assert (num_pages - count) * 64 * 576 > elements
     check(moved, record)
     assert same_bits(plain, (moved.out, moved.lse))
 

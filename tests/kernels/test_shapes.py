@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashmla_cute import DecodeOptions, PagedKVCache
-from flashmla_cute.kernels.config import DIMS
+from flashmla_cute.kernels.config import DIMS, TILE
 from flashmla_cute.testing import Case, Problem
 
 from ..problems import check, clone, same_bits
@@ -116,6 +116,19 @@ OPTIONS = {
 def test_options(record, options, causal, sink):
     for h_q, s_q in ((16, 1), (128, 2), (5, 3)):
         check(Problem.make(case(h_q=h_q, s_q=s_q, causal=causal, options=options, sink=sink)), record)
+
+
+@pytest.mark.parametrize("page", [16, 64])
+def test_tiles_before_a_window_are_not_read(page):
+    window, s_q = 100, 2
+    problem = Problem.make(case((5000, 300, 64, 1000), s_q=s_q, page=page, options=DecodeOptions(window=window)))
+    plain, cache, poisoned = clone(problem.run()), problem.cache, 0
+    for i, length in enumerate(problem.case.lengths):
+        unseen = torch.arange(max(length - (window + s_q - 1), 0) // TILE * TILE, device="cuda")
+        cache.pool[cache.block_table[i, unseen // page].long(), unseen % page] = math.nan
+        poisoned += len(unseen)
+    assert poisoned > 5000
+    assert same_bits(plain, problem.run())
 
 
 def test_float32_out_is_closer():
