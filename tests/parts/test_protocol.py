@@ -63,7 +63,7 @@ class Kernel:
         for it, item in enumerate(self.items):
             yield "q", it
             yield from (("tile", it, tile) for tile in range(item.tiles))
-            yield from (("piece", it, i) for i in range(len(item.pieces) - 1))
+            yield from (("piece", it, i) for i in reversed(range(len(item.pieces) - 1)))
 
     # ------------------------------------------------------------------ memory
     def load(self, place, content, full: Barrier):
@@ -185,7 +185,7 @@ class Kernel:
                     yield lambda: True
                     self.expect(("inv_sum", it & 1), (it, tile + 1))
                     self.stored.setdefault((it, item.edges.index(tile + 1)), set()).add(half)
-            for i in range(len(item.pieces) - 1):
+            for i in reversed(range(len(item.pieces) - 1)):
                 yield self.slot_full[stage].passed(phase)
                 self.expect(("ring", stage), ("piece", it, i))
                 self.met[half] += 1
