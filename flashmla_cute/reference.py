@@ -28,7 +28,8 @@ def pack(latent: torch.Tensor, rope: torch.Tensor, scales: int) -> torch.Tensor:
     scale is the largest finite magnitude among its 512 / `scales` columns / 448, at least 2^-126; one alone fills all four."""
     tiles = latent.float().unflatten(-1, (scales, -1))
     finite = torch.where(tiles.isfinite(), tiles.abs(), 0.0)
-    scale = (finite.amax(-1) / 448.0).clamp(min=2.0**-126)
+    most = finite.amax(-1)
+    scale = (most / torch.full_like(most, 448.0)).clamp(min=2.0**-126)  # (by a number, torch multiplies with 1 / 448 on a GPU)
     numbers = quantise(tiles, scale[..., None]).flatten(-2)
     stored = (numbers, scale.repeat_interleave(4 // scales, -1), rope.bfloat16())
     return torch.cat([x.contiguous().view(torch.uint8) for x in stored], -1)

@@ -53,7 +53,7 @@ def read(plan: DecodePlan) -> Schedule:
     parts, merges = plan.parts.tolist(), plan.merges.tolist()
     part_begin = [*(part[BEGIN] for part in parts), parts[-1][BEGIN] + parts[-1][COUNT]]
     records = plan.items[: part_begin[-1]].tolist()
-    assert all(record[len(fields(Item)) :] == [0] for record in records)
+    assert len(fields(Item)) == RECORD
     for part in parts:  # its items, and a copy of the first
         assert part[:RECORD] == records[part[BEGIN]] if part[COUNT] else part[COUNT] == 0
     assert [part[COUNT] for part in parts] == [end - begin for begin, end in pairwise(part_begin)]

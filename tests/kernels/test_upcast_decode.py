@@ -295,7 +295,7 @@ def test_operator():
     out, lse = poisoned(problem.out), poisoned(problem.lse)
     tensors = (problem.q, cache.pool, cache.block_table, plan.items, plan.parts, plan.merges, out, lse)
     how = (plan.o_split, plan.lse_split, problem.case.softmax_scale, plan.num_sms, None, None, cache.scale, cache.q_scale)
-    torch.ops.flashmla_cute.fp8_decode(*tensors, *how, 2, BF16, True, 0, 0.0, "", False, False)
+    torch.ops.flashmla_cute.fp8_decode(*tensors, *how, 2, BF16, True, False, 0, 0.0, "", False, False)
     assert same_bits(plain, (out, lse))
 
 
