@@ -10,7 +10,7 @@ import re
 import struct
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 from . import resources
 from .kernels import append, combine, dense_decode, fp8_decode, schedule, upcast_decode
@@ -247,7 +247,8 @@ def _absent(op) -> set[str]:
     """fields of a kernel's Args that are None for `op`"""
     optional = {"cu_seqlens_q": op.name == "ragged_schedule", "scale": op.name == "fp8_append"}
     if isinstance(op.config, MLAConfig):
-        optional |= {"sink": op.config.sink, "q_rope": op.config.kv.rope > 0, "rope": op.config.kv.rope > 0}
+        rope = op.config.kv.rope > 0
+        optional |= {"sink": op.config.sink, "q_rope": rope, "rope": rope, "piece": op.config.fixed_pieces}
     elif isinstance(op.config, Fp8Config | UpcastConfig):
         optional |= {"sink": op.config.base.sink}
     return {name for name, present in optional.items() if not present}
@@ -321,7 +322,11 @@ def _dense_maps(config: MLAConfig) -> dict[str, dict]:
         q_rope, first = ("q_rope", 0) if config.q_pair else ("q", kv.latent)
         maps["q_rope.atom"] = make(q_rope, first, _query_axes(config, q_rope, 1), columns=kv.rope)
         maps["rope.atom"] = make("cache", kv.latent, _cache_axes(config, 1), columns=kv.rope)
-    return {name: maps[name] for name in ("q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom") if name in maps}
+    if config.fixed_pieces:
+        flat = replace(config, ragged=False)
+        maps["piece.atom"] = _tensor_map("float16", "o_split", 0, _query_axes(flat, "o_split", blocks))
+    order = "q.atom", "q_last.atom", "q_rope.atom", "piece.atom", "latent.atom", "rope.atom"
+    return {name: maps[name] for name in order if name in maps}
 
 
 def _fp8_maps(config: Fp8Config) -> dict[str, dict]:
