@@ -105,18 +105,26 @@ def pack_pieces(tiles: int, pieces: int, first: int, gathers: bool) -> int:
     return -packed if gathers else packed
 
 
-def piece_cut(prefix: Sequence[int], pieces: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
-    """cut p of 0 .. parts, at the nearest edge of a piece -> (request, tile); pieces: those before a request"""
+def _on_line(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int, int]:
+    """where cut p lies before it moves to an edge: request, its tiles, tile (< 0: in the request's own overhead); no tiles where
+    that is the first request's begin or the last one's end"""
     batch, total = len(prefix) - 1, prefix[-1]
     if p == 0 or total == 0:
-        return 0, 0
+        return 0, 0, 0
     if p >= parts:
-        return batch, 0
+        return batch, 0, 0
     line = total - item_tiles
     x = item_tiles + line // parts * p + line % parts * p // parts
     request = bisect_right(prefix, x, 0, batch) - 1
-    tiles, num = prefix[request + 1] - prefix[request] - item_tiles, pieces[request + 1] - pieces[request]
-    tile = max(x - prefix[request] - item_tiles, 0)
+    return request, prefix[request + 1] - prefix[request] - item_tiles, x - prefix[request] - item_tiles
+
+
+def piece_cut(prefix: Sequence[int], pieces: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
+    """cut p of 0 .. parts, at the nearest edge of a piece -> (request, tile); pieces: those before a request"""
+    request, tiles, tile = _on_line(prefix, p, parts, item_tiles)
+    if not tiles:
+        return request, 0
+    num, tile = pieces[request + 1] - pieces[request], max(tile, 0)
     length, long = tiles // num, tiles % num
     i = tile // (length + 1) if tile < long * (length + 1) else long + (tile - long * (length + 1)) // length
     begin, end = piece_edge(tiles, num, i), piece_edge(tiles, num, i + 1)
@@ -135,18 +143,11 @@ def candidate(i: int, max_parts: int, most: int) -> int:
 
 def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
     """cut p of 0 .. parts -> (request, tile); tile 0: before the request"""
-    batch, total = len(prefix) - 1, prefix[-1]
-    if p == 0 or total == 0:
-        return 0, 0
-    if p >= parts:
-        return batch, 0
-    line = total - item_tiles
-    x = item_tiles + line // parts * p + line % parts * p // parts
-    request = bisect_right(prefix, x, 0, batch) - 1
-    num_tiles = prefix[request + 1] - prefix[request] - item_tiles
-    tile = x - prefix[request] - item_tiles
-    snap = max(min(total // parts // 8, item_tiles), 1)
-    if num_tiles - tile < snap:
+    request, tiles, tile = _on_line(prefix, p, parts, item_tiles)
+    if not tiles:
+        return request, 0
+    snap = max(min(prefix[-1] // parts // 8, item_tiles), 1)
+    if tiles - tile < snap:
         return request + 1, 0
     return (request, tile) if tile >= snap else (request, 0)
 
