@@ -106,8 +106,8 @@ def pack_pieces(tiles: int, pieces: int, first: int, gathers: bool) -> int:
 
 
 def _on_line(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int, int]:
-    """Where cut p lies before it moves to an edge: request, its tiles, tile (< 0: in the request's own overhead).  No tiles where
-    that is the first request's begin or the last one's end."""
+    """Where cut p lies before it moves to an edge: request, its tiles, tile (< 0: in the request's own overhead).  No tiles
+    where that is the first request's begin or the last one's end."""
     batch, total = len(prefix) - 1, prefix[-1]
     if p == 0 or total == 0:
         return 0, 0, 0

@@ -60,7 +60,7 @@ from cutlass.memory import SmemAllocator
 from .config import SMEM_LIMIT, TILE, MLAConfig
 from .parts.ahead import Guess
 from .parts.handover import publish, store_fragment, store_row_values
-from .parts.loads import EVICT_FIRST, NoLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
+from .parts.loads import NoLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
 from .parts.pieces import FixedPieces, Piece
 from .parts.ptx import opaque, uniform
@@ -552,8 +552,7 @@ class DenseDecode:
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
         q, piece = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
         if config.fixed_pieces:
-            flat = replace(config, ragged=False)
-            piece = query_load(flat, args.piece, rows, smem.piece_ring, bars.slot_full, EVICT_FIRST)  # (it was kept until now)
+            piece = query_load(replace(config, ragged=False), args.piece, rows, smem.piece_ring, bars.slot_full)
         return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, piece=piece)
 
     @cute.jit

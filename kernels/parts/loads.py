@@ -164,14 +164,14 @@ def cache_operand(config, cache, column, width, blocks, step=None):
     return TmaOperand.make(tensor, blocks, (config.box_tokens,), step or width)
 
 
-def query_load(config, operand, rows, sDst, full, hint=None):
+def query_load(config, operand, rows, sDst, full):
     """this CTA's rows of q"""
     source = cute.domain_offset((rows.first_head, rows.token, 0, 0, 0), operand.tensor)
     if config.ragged:  # the index is how far along the token mode a request begins
         *modes, _ = source.shape
         shape, stride = (*modes, modes[rows.token_mode]), (*source.stride[:-1], source.stride[rows.token_mode])
         source = cute.make_tensor(source.iterator, cute.make_layout(shape, stride=stride))
-    return TmaLoad.make(operand.atom, source, sDst, full, config.row_modes, hint, config.lane_arrivals)
+    return TmaLoad.make(operand.atom, source, sDst, full, config.row_modes, every_lane=config.lane_arrivals)
 
 
 def cache_load(config, operand, rows, sDst, full):

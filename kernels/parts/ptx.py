@@ -83,11 +83,3 @@ def scaled_pair(pair, mantissas, powers):
 def opaque(x):
     """The same value, but LLVM cannot hoist what is computed from it: addresses do not occupy registers across the loop."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
-
-
-def store_kept(address, words, policy):
-    """16 bytes -> gmem, with an L2 cache policy"""
-    cute.arch.inline_ptx(
-        "st.global.L2::cache_hint.v4.b32 [{$r0}], { {$r1}, {$r2}, {$r3}, {$r4} }, {$r5};",
-        read_only_args=[address, *words, policy],
-    )

@@ -65,7 +65,7 @@ def store_item_o(config: Constexpr, half: Constexpr[int], rO, inv_sum, result: O
     elif const_expr(config.split == "float32"):
         store_wide(half, rO, inv_sum, result.o_split[item.slot, None, None, None], rows)
     else:
-        store_rows(half, rO, inv_sum, result.o_split[item.slot, None, None, None], rows, True, config.fixed_pieces)
+        store_rows(half, rO, inv_sum, result.o_split[item.slot, None, None, None], rows, True)
 
 
 def _final_o(config, result: Outputs, item):

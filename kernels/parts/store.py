@@ -2,13 +2,11 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, const_expr
+from cutlass import Constexpr, Int32, const_expr
 
-from .ptx import pack_half, store_kept
+from .ptx import pack_half
 from .softmax import LN2
 from .tiles import element, fragment_row, thread_in_warpgroup
-
-EVICT_LAST = 0x14F0000000000000  # an L2 cache policy
 
 
 def store_lse(config, gLse, request, s_q, token, head, lse_log2):
@@ -23,9 +21,8 @@ def store_lse(config, gLse, request, s_q, token, head, lse_log2):
 
 
 @cute.jit
-def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[bool], keep: Constexpr[bool] = False):
-    """gO (token, head, column), 16 bit; clamp: f16, values beyond it become its largest; keep: in the L2, while the cache
-    streams through it.  A 4x4 transpose of element pairs in
+def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[bool]):
+    """gO (token, head, column), 16 bit; clamp: f16, values beyond it become its largest.  A 4x4 transpose of element pairs in
     each quad, then 16-byte stores: a quad writes 64 contiguous bytes (pairs stored as they lie would be 4-byte stores, +13 us
     at batch 1)."""
     tid = thread_in_warpgroup()
@@ -45,11 +42,9 @@ def store_rows(half: Constexpr[int], rO, inv_sum, gO, rows, clamp: Constexpr[boo
                 got = cute.arch.shuffle_sync_bfly(v[lo] if bit else v[hi], offset=off)
                 v[lo], v[hi] = (got if bit else v[lo]), (v[hi] if bit else got)
             if exists:
-                gOut = cute.local_tile(gO[token, head, None], (8,), (half * cute.size(rO) // 4 + g * 4 + tid % 4,))
-                if const_expr(keep):
-                    store_kept(gOut.iterator.toint(), [v[i] for i in range(4)], Int64(EVICT_LAST))
-                else:
-                    cute.autovec_copy(rOut, gOut)
+                cute.autovec_copy(
+                    rOut, cute.local_tile(gO[token, head, None], (8,), (half * cute.size(rO) // 4 + g * 4 + tid % 4,))
+                )
 
 
 @cute.jit
