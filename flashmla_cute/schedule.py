@@ -20,8 +20,8 @@ NO_LIMIT = 1 << 30  # tokens
 
 @dataclass(frozen=True)
 class Item:
-    """A span of KV tiles of one request.  `slot`: where its partial result goes, that of its first piece if it has several;
-    -1: it is the whole request in one piece."""
+    """A span of KV tiles of one request.  `slot`: where its partial result goes, that of its first piece if it has several, or
+    the sum so far if it joins them; -1: it is the whole request in one piece."""
 
     batch: int
     first: int
@@ -34,7 +34,7 @@ class Item:
 
     @property
     def gathers(self) -> bool:
-        """it is the whole request, and its last piece adds up the others"""
+        """it is the whole request, whose pieces are joined where it is computed"""
         return self.pieces < 0
 
     @property
@@ -73,6 +73,8 @@ class Schedule:
 
 def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
     """partial results that `batch` requests of up to `max_tiles` tiles can need"""
+    if config.gather_tiles:  # one for each part, and those of cut requests
+        return max_parts + min(batch, max_parts - 1) * num_pieces(max_tiles, row_tiles, config)
     if config.max_pieces:
         return max(1, batch * num_pieces(max_tiles, row_tiles, config))
     return max(1, 2 * max_parts - 2)
@@ -91,7 +93,7 @@ def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
         return int(tiles > 0)
     pieces = isqrt(config.piece_gain * min(tiles, MANY_TILES) // (32 * min(row_tiles, MAX_ROW_TILES)))
     pieces = max(pieces, tiles // config.piece_tiles)
-    return max(min(pieces, tiles // 2, config.max_pieces), int(tiles > 0))
+    return max(min(pieces, tiles // config.least_tiles, config.max_pieces), int(tiles > 0))
 
 
 def piece_edge(tiles: int, pieces: int, i: int) -> int:
@@ -224,17 +226,20 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
     if config.max_pieces and not config.gather_tiles:  # a piece is an item
         part_begin = [first_piece[r] + (_piece_edges(tiles[r], pieces[r]).index(tile) if tile else 0) for r, tile in cuts]
-    items, merges, next_slot = [], [], 0
+    part_of = [bisect_right(cuts[: parts + 1], (request, 0)) - 1 for request in range(len(tiles))]
+    items, merges, next_slot = [], [], max_parts if config.gather_tiles else 0
     for request, n in enumerate(tiles):
         edges = [0, *sorted({tile for r, tile in cuts[1:parts] if r == request and tile > 0}), n]
         whole, num, seqlen = len(edges) == 2, pieces[request], seqlens[request]
         if not n:
             merges.append(Merge(request, 0, 0))
+        elif num > 1 and whole and config.gather_tiles:
+            items.append(Item(request, 0, n, part_of[request], seqlen, pieces=pack_pieces(n, num, 0, True)))
         elif num > 1:
-            slot, gathers = first_piece[request], whole and 0 < config.gather_tiles <= n // num
-            edges = edges if config.gather_tiles else _piece_edges(n, num)
-            items += [_run(Item(request, a, b, slot, seqlen), n, num, gathers) for a, b in pairwise(edges)]
-            merges += [] if gathers else [Merge(request, slot, num)]
+            edges, slot = (edges, next_slot) if config.gather_tiles else (_piece_edges(n, num), first_piece[request])
+            items += [_run(Item(request, a, b, slot, seqlen), n, num) for a, b in pairwise(edges)]
+            merges.append(Merge(request, slot, num))
+            next_slot += num
         elif whole:
             items.append(Item(request, 0, n, -1, seqlen))
         else:
@@ -249,9 +254,9 @@ def _piece_edges(tiles: int, pieces: int) -> list[int]:
     return [piece_edge(tiles, pieces, i) for i in range(pieces + 1)]
 
 
-def _run(item: Item, tiles: int, pieces: int, gathers: bool) -> Item:
-    """of fixed pieces: `item` with the slot of its first one, and their lengths if they are several"""
+def _run(item: Item, tiles: int, pieces: int) -> Item:
+    """of fixed pieces of a cut request: `item` with the slot of its first one, and their lengths if they are several"""
     piece_of = {edge: i for i, edge in enumerate(_piece_edges(tiles, pieces))}
     first, end = piece_of[item.first], piece_of[item.end]
-    packed = pack_pieces(tiles, pieces, first, gathers) if end - first > 1 else 0
+    packed = pack_pieces(tiles, pieces, first, False) if end - first > 1 else 0
     return replace(item, slot=item.slot + first, pieces=packed)

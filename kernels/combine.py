@@ -3,10 +3,10 @@
   lse = log(sum_i exp(lse_i));   o = sum_i exp(lse_i - lse) * o_i            (o_i is normalised within its piece)
 
 A unit of work is a warp's: some columns of one (request to merge, query token, head), a vector of at most 16 bytes a lane.
-Its lanes form 1, 2, 4, 8 or 16 groups, as many as the grid has warps to spare: from the last piece back, group g takes every
-groups'th from its g-th on, with a running maximum as in the decode kernel's softmax, and shuffles add the groups up.  So a few
-long rows cut into many pieces (batch 1) and thousands of rows of two pieces (a large batch) both fill the card.  A
-batch-invariant schedule allows one group, with the maximum of all from the start: parts/pieces.py makes that very sum, too.
+Its lanes form 1, 2, 4, 8 or 16 groups, as many as the grid has warps to spare: group g takes every groups'th piece from its
+g-th on, with a running maximum as in the decode kernel's softmax, and shuffles add the groups up.  So a few long rows cut into
+many pieces (batch 1) and thousands of rows of two pieces (a large batch) both fill the card.  A batch-invariant schedule allows
+one group, which joins the pieces one by one as the decode kernel does where it has them all (parts/pieces.py).
 A fixed grid walks the list that kernels/schedule.py wrote; a step without splits costs an empty launch.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import MLAConfig
-from .parts.ptx import opaque, uniform
-from .parts.softmax import LOG2_E, M_INIT, piece_weight, sink_share
+from .parts.ptx import opaque, pack_half, uniform
+from .parts.softmax import LOG2_E, M_INIT, join_pieces, piece_weight, sink_share
 from .parts.store import store_lse
 from .parts.tiles import out_type, split_type
 from .parts.work import MERGE, MERGE_GROUPS
@@ -52,7 +52,7 @@ class Groups:
     mine: Int32
     log_lanes: Int32  # of a group
     lane: Int32  # in it
-    o_step: Int64  # bytes from one of a lane's pieces back to the next
+    o_step: Int64  # bytes from one of a lane's pieces to the next
     lse_step: Int64
 
     @classmethod
@@ -70,7 +70,7 @@ class Unit:
     head: Int32
     vector: Int32  # of the row
     pieces: Int32
-    o: Int64  # address of this lane's vector in the group's first piece, the last or one near it,
+    o: Int64  # address of this lane's vector in the group's first piece,
     lse: Int64  # and of its lse
 
 
@@ -150,7 +150,7 @@ class Combine:
             num_queries = cutlass.min(args.merges[merge, 3], args.o.shape[0] - args.merges[merge, 0])
             exists = exists & (token < num_queries)
         pieces = args.merges[merge, 2] if exists else 0
-        slot = args.merges[merge, 1] + cutlass.max(pieces - 1 - groups.mine, 0)
+        slot = args.merges[merge, 1] + cutlass.max(cutlass.min(groups.mine, pieces - 1), 0)
         vector = (chunk << groups.log_lanes) + groups.lane
         o = args.o_split.iterator + cute.crd2idx((slot, token, head, vector * self.vector), args.o_split.layout)
         lse = args.lse_split.iterator + cute.crd2idx((slot, token, head), args.lse_split.layout)
@@ -158,28 +158,27 @@ class Combine:
 
     @cute.jit
     def _merge(self, args: Args, groups: Groups, unit: Unit, fixed: Boolean):
-        """fixed: in one group, whose sum does not depend on how many pieces are in flight"""
+        """fixed: one by one"""
         rO = cute.make_rmem_tensor(self.vector, Float32)
         zero = Float32(opaque(Int32(0)))  # else LLVM peels the first round, for twice the code and 5 registers
         rO.fill(zero)
         most, total = M_INIT + zero, zero
-        if fixed:
-            most = self._largest(groups, unit)
         piece, o, lse, end = groups.mine, unit.o, unit.lse, unit.pieces + groups.mine
+        if fixed:
+            most = -Float32.inf
         while piece < end:  # (the same in all lanes)
+            first = piece
             rPiece, rWeight, piece, o, lse = self._load(groups, piece, unit.pieces, o, lse)
-            most, total = self._add(rO, rPiece, rWeight, most, total)
-        most, total = self._add_groups(groups, rO, most, total)
+            if fixed:
+                most = self._join(rO, rPiece, rWeight, most, unit.pieces - first)
+            else:
+                most, total = self._add(rO, rPiece, rWeight, most, total)
+        if fixed:
+            total = Float32(1.0) if most > -Float32.inf else zero
+        else:
+            most, total = self._add_groups(groups, rO, most, total)
         if unit.exists & (groups.mine == 0):
             self._store(args, unit, rO, most, total)
-
-    @cute.jit
-    def _largest(self, groups: Groups, unit: Unit):
-        """log2 of the largest weight of a row's pieces, a piece a lane"""
-        lane, lse = cute.arch.lane_idx(), -Float32.inf
-        if lane < unit.pieces:
-            lse = _at(Float32, unit.lse - lane * groups.lse_step, 4, 1)[0]
-        return cute.arch.fmax(cute.arch.warp_reduction_max(lse) * LOG2_E, M_INIT)
 
     @cute.jit
     def _add_groups(self, groups: Groups, rO, most: Float32, total: Float32):
@@ -225,7 +224,7 @@ class Combine:
             if piece < pieces:
                 rWeight[i] = _at(Float32, lse, 4, 1)[0]
                 cute.autovec_copy(_at(kind, o, width, self.vector), rPiece[None, i])
-            piece, o, lse = piece + groups.number, o - groups.o_step, lse - groups.lse_step
+            piece, o, lse = piece + groups.number, o + groups.o_step, lse + groups.lse_step
         return rPiece, rWeight, piece, o, lse
 
     @cute.jit
@@ -244,6 +243,29 @@ class Combine:
             for j in cutlass.range_constexpr(self.vector):
                 rO[j] = cute.math.fma(weight, rPiece[j, i].to(Float32), rO[j])
         return above, total
+
+
+    @cute.jit
+    def _join(self, rO, rPiece, rWeight, log_sum: Float32, pieces: Int32):
+        """`pieces` and those to come, with the natural log of their weights, to a sum whose weight has the log2 `log_sum`"""
+        for i in cutlass.range_constexpr(IN_FLIGHT):
+            if i < pieces:
+                log_sum, sum_share, piece_share = join_pieces(log_sum, rWeight[i])
+                for j in cutlass.range_constexpr(self.vector):
+                    rO[j] = cute.math.fma(piece_share, rPiece[j, i].to(Float32), sum_share * rO[j])
+                if const_expr(self.config.split == "float16"):
+                    if i + 1 < pieces:
+                        _round_to_half(rO)
+        return log_sum
+
+
+@cute.jit
+def _round_to_half(rO):
+    rPair = cute.make_rmem_tensor(2, Float16)
+    word = cute.recast_tensor(rPair, Int32)
+    for j in cutlass.range_constexpr(0, cute.size(rO), 2):
+        word[0] = pack_half(rO[j], rO[j + 1])
+        rO[j], rO[j + 1] = rPair[0].to(Float32), rPair[1].to(Float32)
 
 
 def _at(dtype, address: Int64, align, n):

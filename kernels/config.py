@@ -295,8 +295,8 @@ class ScheduleConfig:
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
     piece_tiles: int = 48  # or as many of this length as it holds, if that is more
-    gather_tiles: int = 0  # an item may be several pieces, and a request that is one adds up its own if each has so many tiles;
-    # 0: a piece is an item, and kernels/combine.py adds up all
+    gather_tiles: int = 0  # an item may be several pieces, of so many tiles or more, and a request that is one joins its own;
+    # 0: a piece is an item, and kernels/combine.py joins all
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
@@ -310,6 +310,11 @@ class ScheduleConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"ScheduleConfig: {name} is {value}; allowed: {least} .. {most}")
+
+    @property
+    def least_tiles(self) -> int:
+        """of one of several pieces"""
+        return max(2, self.gather_tiles)
 
     @property
     def name(self) -> str:

@@ -102,7 +102,7 @@ class Args:
     q: TmaOperand  # columns 0..511, (head, query token, 64, 8, request)
     q_last: TmaOperand  # columns 448..511, (head, query token, 64, 1, request)
     q_rope: TmaOperand | None  # columns 512..575, likewise
-    piece: TmaOperand | None  # o of pieces, as q has it, (head, query token, 64, 8, slot); None: nothing is gathered
+    joined: TmaOperand | None  # partial results, as q has it, (head, query token, 64, 8, slot); None: no pieces are joined
     latent: TmaOperand  # (token, 64, 8, kv head, page)
     rope: TmaOperand | None  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
@@ -119,14 +119,14 @@ class Args:
 class Smem:
     ring: cute.Tensor  # (row, 512, stage)
     q_ring: cute.Tensor  # the same memory as a q slot has it
-    piece_ring: cute.Tensor  # and as a slot with the o of a piece has it
+    sum_ring: cute.Tensor  # and as a slot with a sum of pieces has it
     q_last: cute.Tensor  # (row, 64, 1)
     q_rope: cute.Tensor  # (row, 64, 1)
     rope: cute.Tensor  # (token, 64, 1)
     p: cute.Tensor  # (row, token)
     rescale: cute.Tensor  # (row,)
     inv_sum: cute.Tensor  # (row, item parity); pieces of an item share one: they have two tiles or more
-    gathered: cute.Tensor | None  # (row, 3): parts/pieces.py
+    joined: cute.Tensor | None  # (row, 4): parts/pieces.py
     item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
 
@@ -188,7 +188,7 @@ def allocate(config):
         p: elements(TILE * TILE)
         rescale: cute.struct.MemRange[Float32, TILE]
         inv_sum: cute.struct.MemRange[Float32, 2 * TILE]
-        gathered: cute.struct.MemRange[Float32, 3 * TILE if config.fixed_pieces else 0]
+        joined: cute.struct.MemRange[Float32, 4 * TILE if config.fixed_pieces else 0]
         item: cute.struct.MemRange[Int32, record_slots(config.ring_slots) * RECORD]
         anchor: cute.struct.MemRange[Float32, 32 * SCORE_WARPS]
         bars: cute.struct.MemRange[Int64, Barriers.total(config)]
@@ -203,14 +203,14 @@ def allocate(config):
     smem = Smem(
         ring=view(storage.ring, TILE, latent, config.ring_slots, by_rows=config.box_tokens < TILE),
         q_ring=view(storage.ring, TILE, latent, config.ring_slots),
-        piece_ring=typed(storage.ring, Float16, TILE, latent, config.ring_slots),
+        sum_ring=typed(storage.ring, Float16, TILE, latent, config.ring_slots),
         q_last=view(storage.q_last, TILE, BLOCK, 1),
         q_rope=view(storage.q_rope, TILE, BLOCK, 1),
         rope=view(storage.rope, TILE, BLOCK, 1),
         p=view(storage.p, TILE, TILE),
         rescale=plain(storage.rescale, TILE),
         inv_sum=plain(storage.inv_sum, TILE, 2),
-        gathered=plain(storage.gathered, TILE, 3) if config.fixed_pieces else None,
+        joined=plain(storage.joined, TILE, 4) if config.fixed_pieces else None,
         item=plain(storage.item, RECORD, record_slots(config.ring_slots)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
     )
@@ -280,7 +280,7 @@ class DenseDecode:
             q=query_operand(config, q, 0, BLOCK, blocks),
             q_last=query_operand(config, q, latent - BLOCK, BLOCK, 1),
             q_rope=query_operand(config, rope_of, rope_column, rope, 1, step=BLOCK) if rope else None,
-            piece=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks)
+            joined=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks)
             if config.fixed_pieces
             else None,
             latent=cache_operand(config, cache, 0, BLOCK, blocks),
@@ -310,7 +310,7 @@ class DenseDecode:
         smem, bars = allocate(self.config)
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for operand in (args.q, args.q_last, args.q_rope, args.piece, args.latent, args.rope):
+            for operand in (args.q, args.q_last, args.q_rope, args.joined, args.latent, args.rope):
                 if const_expr(operand is not None):
                     cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
@@ -343,8 +343,8 @@ class DenseDecode:
                     self.value(1, args, smem, bars, work, rows)
 
     def _pieces(self, args, smem, bars):
-        ring = smem.piece_ring, bars.slot_full, bars.slot_empty
-        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.gathered, *ring)
+        ring = smem.sum_ring, bars.slot_full, bars.slot_empty
+        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.joined, *ring)
 
     def _tile_loads(self, args, smem, bars, rows):
         """of the latent and the rope columns (None: there are none)"""
@@ -380,6 +380,7 @@ class DenseDecode:
                 mask.apply(x.rS, tile, clear)  # S1
                 softmax.step(x.rS, x.rP)
                 self._pin_softmax(softmax, smem)
+                pos = pieces.skip(piece, tile, pos)
                 self._open_qk(x, bars, pos)  # S2
                 self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
                 piece = pieces.end(softmax, it, item, item_rows, piece, tile)
@@ -395,12 +396,12 @@ class DenseDecode:
             join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
             self._store_p(x.rP, softmax.rescale, smem, bars, parity)
             store_row_values(inv_sum, smem.inv_sum[None, it & 1])
-            pieces.gather_lse(softmax, item, item_rows, piece)
+            pos = pieces.skip(piece, item.end - 1, pos)
+            pieces.join_last(softmax, item, item_rows, piece)
             publish(bars.p_full, config.lane_arrivals)
             arrive(bars.pv_go, config.lane_arrivals)
             parity ^= 1
-            store_item_lse(config, softmax, args.result, replace(item, slot=piece.slot), item_rows)
-            pos = pieces.skip(item, pos)
+            pieces.store_lse(softmax, item, item_rows, piece)
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
@@ -517,6 +518,7 @@ class DenseDecode:
                     self._zero_tail(half, smem.ring, pos.stage, item.seqlen - tile * TILE)
                 cute.arch.mbarrier_wait(bars.pv_go, parity)  # V2
                 self._accumulate(rO, tP, tV[None, None, None, pos.stage])
+                pieces.show(item)
                 if const_expr(half == 0):  # V3, in the shadow of p v
                     if warp_idx == FEED_WARP:
                         if tile + 1 < item.end:
@@ -529,15 +531,14 @@ class DenseDecode:
                         cursor = loads.wait_and_request(cursor, pos)
                 pos = pos.next(config.ring_slots)
                 parity ^= 1
-                piece = pieces.store(half, rO, it, item, item_rows, piece, tile)
-            ring = dict(loads=loads, cursor=cursor, pos=pos, refills=warp_idx == REFILL_WARP)
-            cursor, pos = pieces.gather(half, rO, mma, it, item, item_rows, piece, **ring)
+                ring = dict(loads=loads, refills=warp_idx == REFILL_WARP, cursor=cursor, pos=pos)
+                piece, cursor, pos = pieces.end_tile(half, rO, mma, it, item, item_rows, piece, tile, **ring)
             if const_expr(half == 1):  # V5, the next item's q slot
                 if warp_idx == REFILL_WARP:
                     if it + 1 < work.count:
                         cursor = loads.wait_and_request(cursor, pos)
             pos = pos.next(config.ring_slots)
-            slot, inv_sum = pieces.last(it, item, item_rows, piece, row)
+            slot, inv_sum = pieces.last(it, item, piece)
             store_item_o(config, half, rO, inv_sum, args.result, replace(item, slot=slot), item_rows)
 
     def _value_loads(self, half, args, smem, bars, work, rows):
@@ -550,10 +551,10 @@ class DenseDecode:
             if config.kv.rope:
                 q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
-        q, piece = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
+        q, joined = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
         if config.fixed_pieces:
-            piece = query_load(replace(config, ragged=False), args.piece, rows, smem.piece_ring, bars.slot_full)
-        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, piece=piece)
+            joined = query_load(replace(config, ragged=False), args.joined, rows, smem.sum_ring, bars.slot_full)
+        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, joined=joined)
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

@@ -11,16 +11,17 @@ threads, a barrier between them (parts/spans.py has the maths of a cut):
 A split piece has a slot for its partial result, those of a request one after the other: one slot for each cut inside a
 request, and one for each request that has such cuts.
 
-With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for, each with the
-slot of its own number.  Cuts move to their edges, and the merge keeps to one order.  An item is a piece, or with
-config.gather_tiles a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py).
+With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for.  Cuts move to
+their edges, and the merge keeps to one order.  An item is a piece, each with the slot of its own number, or with
+config.gather_tiles a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py), over
+one slot of its part's own, and only the pieces of cut requests, of which there are fewer than parts, have slots of theirs.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
@@ -181,7 +182,8 @@ class BuildSchedule:
     def _num_pieces(self, args: Args, tiles: Int32):
         """before the cuts"""
         config = self.config
-        return num_pieces(tiles, args.row_tiles, config.max_pieces, config.piece_gain, config.piece_tiles)
+        by_length = config.max_pieces, config.piece_gain, config.piece_tiles, config.least_tiles
+        return num_pieces(tiles, args.row_tiles, *by_length)
 
     @cute.jit
     def _num_items(self, args: Args, tiles: Int32) -> Int32:
@@ -283,21 +285,40 @@ class BuildSchedule:
                     first = Int32(0)
                 if smem.cut_tile[p - 1] == tile:  # (fixed pieces: several cuts may have moved to one edge)
                     inside = Int32(0)
+        if const_expr(self.config.max_pieces > 0):  # a cut makes all of a request's pieces partial results
+            if first > 0:
+                first = self._pieces_of(smem, request)
         sums, _ = self._scan(smem, inside + first * (1 << 16))
         through, split = sums & 0xFFFF, sums >> 16
         smem.inside[p] = through - inside
-        smem.slot[p] = through - inside + split
         smem.begin[p] = smem.items[request] + through
-        if const_expr(self.items_are_pieces):
-            smem.begin[p] = smem.items[request] + self._piece_at(args, smem, request, tile)
+        if const_expr(self.config.max_pieces == 0):
+            smem.slot[p] = through - inside + split
+        else:
+            piece = self._piece_at(args, smem, request, tile)
+            if tile > 0:
+                smem.slot[p] = args.parts.shape[0] + split - self._pieces_of(smem, request) + piece
+            if const_expr(self.items_are_pieces):
+                smem.begin[p] = smem.items[request] + piece
         cute.arch.sync_threads()
+
+    def _pieces_of(self, smem: Smem, request: Int32):
+        return smem.pieces[request + 1] - smem.pieces[request]
 
     @cute.jit
     def _piece_at(self, args: Args, smem: Smem, request: Int32, tile: Int32) -> Int32:
         piece = Int32(0)
         if tile > 0:
-            piece = piece_at(self._num_tiles(args, request), smem.pieces[request + 1] - smem.pieces[request], tile)
+            piece = piece_at(self._num_tiles(args, request), self._pieces_of(smem, request), tile)
         return piece
+
+    @cute.jit
+    def _first_slot(self, args: Args, smem: Smem, p: Int32) -> Int32:
+        """of a request, from its first cut p"""
+        slot = smem.slot[p] - 1
+        if const_expr(self.config.max_pieces > 0):
+            slot = smem.slot[p] - self._piece_at(args, smem, smem.cut_request[p], smem.cut_tile[p])
+        return slot
 
     @cute.jit
     def _items(self, args: Args, smem: Smem, parts: Int32):
@@ -316,7 +337,8 @@ class BuildSchedule:
             first = smem.items[request]
             tiles, pieces = self._num_tiles(args, request), smem.items[request + 1] - first
             begin, end = piece_edge(tiles, pieces, item - first), piece_edge(tiles, pieces, item - first + 1)
-            self._write(args, smem, item, (request, begin, end, Int32(-1)))
+            slot = item if pieces > 1 else Int32(-1)
+            self._write(args, smem, item, (request, begin, end, slot))
 
     @cute.jit
     def _runs(self, args: Args, smem: Smem, parts: Int32):
@@ -327,7 +349,12 @@ class BuildSchedule:
             if tiles > 0:
                 p = self._first_cut_after(smem, request, parts)
                 is_split = smem.cut_request[p] == request
-                end, slot = smem.cut_tile[p] if is_split else tiles, smem.slot[p] - 1 if is_split else Int32(-1)
+                end, slot = tiles, Int32(-1)
+                if is_split:
+                    end, slot = smem.cut_tile[p], self._first_slot(args, smem, p)
+                elif const_expr(self.config.max_pieces > 0):
+                    if self._pieces_of(smem, request) > 1:
+                        slot = p - 1  # the part's own
                 self._write(args, smem, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
         if (tid > 0) & (tid < parts):
             request, tile = smem.cut_request[tid], smem.cut_tile[tid]
@@ -366,8 +393,8 @@ class BuildSchedule:
     def _write(self, args: Args, smem: Smem, item: Int32, record):
         request, first, end, slot = record
         pieces = Int32(0)
-        if const_expr(self.config.max_pieces > 0):
-            slot, pieces = self._run(args, smem, request, first, end)
+        if const_expr(self.config.gather_tiles > 0):
+            pieces = self._run(args, smem, request, first, end)
         length = self._length(args, request)
         unseen = self._first_tile(args, length)
         queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
@@ -375,21 +402,16 @@ class BuildSchedule:
             args.items[item, i] = value
 
     @cute.jit
-    def _run(self, args: Args, smem: Smem, request: Int32, first: Int32, end: Int32):
-        """slot of the first of the fixed pieces in tiles first .. end - 1, and their lengths if they are several"""
-        slot, packed = Int32(-1), Int32(0)
-        tiles, pieces = self._num_tiles(args, request), smem.pieces[request + 1] - smem.pieces[request]
+    def _run(self, args: Args, smem: Smem, request: Int32, first: Int32, end: Int32) -> Int32:
+        """the lengths of the fixed pieces in tiles first .. end - 1, if they are several"""
+        packed, tiles, pieces = Int32(0), self._num_tiles(args, request), self._pieces_of(smem, request)
         if pieces > 1:
             begin = piece_at(tiles, pieces, first)
-            slot = smem.pieces[request] + begin
             if piece_at(tiles, pieces, end) - begin > 1:
                 packed = pack_pieces(tiles, pieces, begin)
-                if self._gathers(tiles, pieces) & (end - first == tiles):
+                if end - first == tiles:
                     packed = -packed
-        return slot, packed
-
-    def _gathers(self, tiles: Int32, pieces: Int32):
-        return Boolean(False) if self.config.gather_tiles == 0 else tiles // pieces >= self.config.gather_tiles
+        return packed
 
     @cute.jit
     def _merges(self, args: Args, smem: Smem, parts: Int32):
@@ -420,12 +442,14 @@ class BuildSchedule:
         if pieces > 0:
             p = self._first_cut_after(smem, request, parts)
             is_split = smem.cut_request[p] == request
-            if const_expr(self.config.max_pieces > 0):
-                first_slot, pieces = smem.pieces[request], smem.pieces[request + 1] - smem.pieces[request]
-                if ~is_split & self._gathers(self._num_tiles(args, request), pieces):
-                    pieces = Int32(1)
+            if const_expr(self.items_are_pieces):
+                first_slot = smem.pieces[request]
             elif is_split:
-                first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
+                first_slot = self._first_slot(args, smem, p)
+                if const_expr(self.config.max_pieces > 0):
+                    pieces = self._pieces_of(smem, request)
+                else:
+                    pieces = upper_bound(smem.cut_request, parts, request) - p + 1
         return pieces, first_slot
 
 

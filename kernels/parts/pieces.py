@@ -2,47 +2,48 @@
 
 An item is then a run of pieces.  The softmax starts anew with each, and o of each is a result of its own, but nothing else
 stops where two meet: the scores of the next tile are under way.  An item that is a whole request leaves no work to
-kernels/combine.py: where its last piece ends, the others' o come back through the KV ring, as tiles of 64 rows x latent:
-  w_i = exp(lse_i - max lse);   o = (sum_i w_i * o_i) / sum_i w_i, from the last piece back
-Those are the sums of the combine, in its order and bit by bit, for it depends on the batch which of the two makes them.  So
-a product that a sum follows is fused in both, and the last piece's own o is rounded to what a partial result holds.
+kernels/combine.py: from its second piece on, each ends with the sum so far, which comes back as a tile of the KV ring, is
+joined with the piece (softmax.join_pieces) and stored for the next one.  Its slot is the part's own, written again and again:
+64 KB that stay in the L2, where every piece in a slot of its own was written to DRAM and read back.
+
+It depends on the batch whether a request's pieces meet here or in the combine, which joins them in the same order to the same
+bits: a sum is rounded to f16 after every piece but the last, and so is a piece before it is joined.
 """
 
 from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float16, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from .handover import store_row_values
-from .ptx import pack_half
+from .ptx import opaque, pack_half
 from .results import Outputs, store_item_lse, store_item_o
-from .softmax import LN2, LOG2_E, M_INIT, piece_weight, sink_share
+from .softmax import LN2, join_pieces, sink_share
 from .sync import RingPos, arrive
 from .tiles import element, fragment_row, thread_in_warpgroup
-from .work import num_gathered, unpack_pieces
+from .work import next_edge, unpack_pieces
 
-GATHERED = 3  # named barrier of both VALUE warpgroups
+NORMALISED = 1.0, 1.0
+SUM, SUM_SHARE, PIECE_SHARE, FACTOR = range(4)  # columns of FixedPieces.joined
 
 
 @dataclass(frozen=True)
 class Piece:
-    """a piece of an item, and the lengths of those behind it: `long` of length + 1 tiles, then of length"""
+    """a piece of an item"""
 
     edge: Int32  # tile behind it; before all of the item's if it is the only one
     slot: Int32
-    length: Int32
-    long: Int32
+    joins: Boolean  # at its end, with the pieces before it
 
     @classmethod
     def first_of(cls, item):
-        length, long = unpack_pieces(cutlass.max(item.pieces, -item.pieces))
-        return cls(item.first, item.slot - 1, length, long).next()
+        return cls(next_edge(item.pieces, item.first, item.first), item.slot, Boolean(False))
 
-    def next(self):
-        more = cutlass.min(self.long, 1)
-        return Piece(self.edge + self.length + more, self.slot + 1, self.length, self.long - more)
+    def next(self, item):
+        edge = next_edge(item.pieces, item.first, self.edge)
+        return Piece(edge, self.slot + Int32(item.pieces > 0), item.pieces < 0)
 
 
 @dataclass(frozen=True)
@@ -53,83 +54,121 @@ class FixedPieces:
     result: Outputs
     sink: cute.Tensor | None
     inv_sum: cute.Tensor  # smem (row, item parity); the pieces of an item share one, they have two tiles or more
-    gathered: cute.Tensor | None  # smem (row, 3): the fields of Sums
+    joined: cute.Tensor | None  # smem (row, 4): log2 of the sum's weight, shares in the new one, factor of out
     ring: cute.Tensor  # smem (row, latent, slot), f16
     slot_full: cute.Pointer  # mbarrier [slot]
     slot_empty: cute.Pointer
 
     # ------------------------------------------------------------------ SCORE
     @cute.jit
-    def end(self, softmax, it: Int32, item, rows, piece: Piece, tile: Int32) -> Piece:
-        """VALUE gets a piece's normalisation with p of its last tile"""
+    def skip(self, piece: Piece, tile: Int32, pos: RingPos) -> RingPos:
+        """The slot behind a piece's last tile, which only VALUE reads.  Before p of that tile is published: then VALUE cannot
+        leave the slot before SCORE has seen it filled (two phases of an mbarrier look like none)."""
         if const_expr(self.config.fixed_pieces):
-            if tile + 1 == piece.edge:
-                store_row_values(softmax.finalize(), self.inv_sum[None, it & 1])
-                store_item_lse(self.config, softmax, self.result, replace(item, slot=piece.slot), rows)
-                softmax.reset()
-                piece = piece.next()
-        return piece
-
-    @cute.jit
-    def gather_lse(self, softmax, item, rows, piece: Piece):
-        """with p of the last tile of all"""
-        if const_expr(self.config.fixed_pieces):
-            if item.pieces < 0:
-                sums = Sums.of(softmax, self.result.lse_split, self.sink, item, piece, rows)
-                for i, rValues in enumerate((sums.most, sums.own, sums.factor)):
-                    store_row_values(rValues, self.gathered[None, i])
-                store_item_lse(self.config, sums, self.result, replace(item, slot=Int32(-1)), rows)
-
-    @cute.jit
-    def skip(self, item, pos: RingPos) -> RingPos:
-        """the slots that only VALUE reads: unless SCORE sees each filled before it is left, two phases look like none"""
-        if const_expr(self.config.fixed_pieces):
-            for _ in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
+            if (tile + 1 == piece.edge) & piece.joins:
                 cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
-                arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
                 pos = pos.next(self.config.ring_slots)
         return pos
 
-    # ------------------------------------------------------------------ VALUE
     @cute.jit
-    def store(self, half: Constexpr[int], rO, it: Int32, item, rows, piece: Piece, tile: Int32) -> Piece:
+    def end(self, softmax, it: Int32, item, rows, piece: Piece, tile: Int32) -> Piece:
+        """a piece's normalisation and shares go to VALUE with p of its last tile"""
         if const_expr(self.config.fixed_pieces):
-            if (tile + 1 == piece.edge) & (tile + 1 < item.end):
-                inv_sum = self._of_my_rows(self.inv_sum[None, it & 1])
-                store_item_o(self.config, half, rO, inv_sum, self.result, replace(item, slot=piece.slot), rows)
-                cute.arch.fence_proxy("async.global")  # TMA will read it
-                rO.fill(0.0)
-                piece = piece.next()
+            if tile + 1 == piece.edge:
+                store_row_values(softmax.finalize(), self.inv_sum[None, it & 1])
+                if item.pieces < 0:
+                    self._join(softmax, piece)
+                else:
+                    store_item_lse(self.config, softmax, self.result, replace(item, slot=piece.slot), rows)
+                softmax.reset()
+                piece = piece.next(item)
         return piece
 
     @cute.jit
-    def gather(self, half: Constexpr[int], rO, mma, it: Int32, item, rows, piece: Piece, *, loads, cursor, pos, refills):
-        """refills: this warp requests the ring's slots; returns its cursor, and where in the ring it is"""
+    def join_last(self, softmax, item, rows, piece: Piece):
+        """likewise, with p of the item's last tile"""
         if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
-                start_sum(rO, self._of_my_rows(self.inv_sum[None, it & 1]), self._of_my_rows(self.gathered[None, 1]))
-                for back in cutlass.range(num_gathered(item.pieces, item.end - item.first), unroll=1):
+                self._join(softmax, piece)
+                self._store_factors(rows)
+
+    @cute.jit
+    def store_lse(self, softmax, item, rows, piece: Piece):
+        """at an item's end, when VALUE has p"""
+        if const_expr(self.config.fixed_pieces):
+            if item.pieces < 0:
+                sums = _Sums(self.joined, fragment_row(thread_in_warpgroup()))
+                store_item_lse(self.config, sums, self.result, replace(item, slot=Int32(-1)), rows)
+            else:
+                store_item_lse(self.config, softmax, self.result, replace(item, slot=piece.slot), rows)
+        else:
+            store_item_lse(self.config, softmax, self.result, item, rows)
+
+    @cute.jit
+    def _join(self, softmax, piece: Piece):
+        tid = thread_in_warpgroup()
+        if tid % 4 == 0:
+            for r in cutlass.range_constexpr(2):
+                sRow = self.joined[fragment_row(tid) + 8 * r, None]
+                log_sum = -Float32.inf
+                if piece.joins:
+                    log_sum = sRow[SUM]
+                # (through LN2, as the combine reads it)
+                sRow[SUM], sRow[SUM_SHARE], sRow[PIECE_SHARE] = join_pieces(log_sum, softmax.lse_log2(r) * LN2)
+
+    @cute.jit
+    def _store_factors(self, rows):
+        tid = thread_in_warpgroup()
+        if tid % 4 == 0:
+            for r in cutlass.range_constexpr(2):
+                sRow, factor = self.joined[fragment_row(tid) + 8 * r, None], Float32(1.0)
+                if const_expr(self.sink is not None):
+                    _, head, exists = rows.locate(fragment_row(tid) + 8 * r)
+                    if exists:
+                        factor = sink_share(sRow[SUM], self.sink[head])
+                sRow[FACTOR] = factor
+
+    # ------------------------------------------------------------------ VALUE
+    @cute.jit
+    def end_tile(
+        self, half: Constexpr[int], rO, mma, it: Int32, item, rows, piece: Piece, tile: Int32, *, loads, refills, cursor, pos
+    ):
+        """refills: this warp requests the ring's slots; returns the next piece, its cursor, and where in the ring it is"""
+        if const_expr(self.config.fixed_pieces):
+            if tile + 1 == piece.edge:
+                normalise(rO, self._of_my_rows(self.inv_sum[None, it & 1]))
+                if piece.joins:
                     cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
-                    most = self._of_my_rows(self.gathered[None, 0])
-                    weight = piece_weights(self.result.lse_split, most, piece.slot - 1 - back, rows)
-                    columns = self.config.kv.latent // 2
-                    sHalf = cute.local_tile(self.ring, (64, columns, self.config.ring_slots), (0, half, 0))
-                    add_piece(rO, sHalf[None, None, pos.stage], weight, mma)
-                    cute.arch.barrier(barrier_id=GATHERED, number_of_threads=256)
-                    if const_expr(half == 1):  # for both, SCORE has the other arrivals
-                        arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
+                    sSum = cute.local_tile(self.ring, (64, self.config.kv.latent // 2, self.config.ring_slots), (0, half, 0))
+                    shares = (self._of_my_rows(self.joined[None, i]) for i in (SUM_SHARE, PIECE_SHARE))
+                    join_sum(rO, sSum[None, None, pos.stage], *shares, mma)
+                    arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
+                    if const_expr(half == 1):
                         if refills:
                             cursor = loads.wait_and_request(cursor, pos)
                     pos = pos.next(self.config.ring_slots)
-        return cursor, pos
+                if tile + 1 < item.end:
+                    store_item_o(self.config, half, rO, NORMALISED, self.result, replace(item, slot=piece.slot), rows)
+                    rO.fill(0.0)
+                    piece = piece.next(item)
+        return piece, cursor, pos
 
     @cute.jit
-    def last(self, it: Int32, item, rows, piece: Piece, row: Int32):
-        """slot (-1: final) and factors of what VALUE holds at an item's end"""
-        slot, factors = piece.slot, (self.inv_sum[row, it & 1], self.inv_sum[row + 8, it & 1])
+    def show(self, item):
+        """What was stored, to TMA, which reads the sum.  In the shadow of p v: the stores of a piece are long done by then."""
         if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
-                slot, factors = Int32(-1), (self.gathered[row, 2], self.gathered[row + 8, 2])
+                cute.arch.fence_proxy("async.global")
+
+    @cute.jit
+    def last(self, it: Int32, item, piece: Piece):
+        """slot (-1: final) and factors of what VALUE holds at an item's end"""
+        slot, factors = piece.slot, self._of_my_rows(self.inv_sum[None, it & 1])
+        if const_expr(self.config.fixed_pieces):
+            if item.pieces != 0:
+                factors = Float32(1.0), Float32(1.0)
+            if item.pieces < 0:
+                slot, factors = Int32(-1), self._of_my_rows(self.joined[None, FACTOR])
         return slot, factors
 
     def _of_my_rows(self, sRows):
@@ -137,83 +176,40 @@ class FixedPieces:
         return sRows[row], sRows[row + 8]
 
 
-# ---------------------------------------------------------------------- sums over pieces
 @dataclass(frozen=True)
-class Sums:
-    """of a thread's two rows, in the threads that stored the other pieces' lse (tid % 4 == 0)"""
+class _Sums:
+    """of a quad's two rows"""
 
-    most: cute.Tensor  # log2 of the largest weight of a piece
-    own: cute.Tensor  # weight of the last piece in terms of it
-    factor: cute.Tensor  # of the sum of all o
-    lse: cute.Tensor  # to base 2
-
-    @classmethod
-    def of(cls, softmax, gLse, gSink, item, piece, rows):
-        """gLse: (slot, query token, head); softmax: of the last piece"""
-        sums = cls(*(cute.make_rmem_tensor(2, Float32) for _ in range(4)))
-        sums._fill(softmax, gLse, gSink, item, piece, rows)
-        return sums
-
-    @cute.jit
-    def _fill(self, softmax, gLse, gSink, item, piece, rows):
-        for rValues, value in ((self.most, 0.0), (self.own, 0.0), (self.factor, 0.0), (self.lse, -Float32.inf)):
-            rValues.fill(value)
-        tid = thread_in_warpgroup()
-        if tid % 4 == 0:
-            for r in cutlass.range_constexpr(2):
-                token, head, exists = rows.locate(fragment_row(tid) + 8 * r)
-                if exists:
-                    own, count = softmax.lse_log2(r) * LN2, piece.slot - item.slot
-                    most = own
-                    for back in cutlass.range(count, unroll=1):
-                        most = cute.arch.fmax(most, gLse[piece.slot - 1 - back, token, head])
-                    most = cute.arch.fmax(most * LOG2_E, M_INIT)
-                    total = Float32(0.0) + piece_weight(own, most)
-                    self.most[r], self.own[r] = most, total
-                    for back in cutlass.range(count, unroll=1):
-                        total = total + piece_weight(gLse[piece.slot - 1 - back, token, head], most)
-                    if total > 0.0:
-                        self.lse[r], self.factor[r] = most + cute.math.log2(total, fastmath=True), cute.arch.rcp_approx(total)
-                    if const_expr(gSink is not None):
-                        self.factor[r] = self.factor[r] * sink_share(self.lse[r], gSink[head])
+    joined: cute.Tensor
+    row: Int32
 
     def lse_log2(self, r):
-        return self.lse[r]
+        return self.joined[self.row + 8 * r, SUM]
 
 
 @cute.jit
-def piece_weights(gLse, most, slot, rows):
-    """of a thread's two rows: the weight of a piece in terms of 2^most"""
-    weight = [Float32(0.0), Float32(0.0)]
-    for r in cutlass.range_constexpr(2):
-        token, head, exists = rows.locate(fragment_row(thread_in_warpgroup()) + 8 * r)
-        if exists:
-            weight[r] = piece_weight(gLse[slot, token, head], most[r])
-    return tuple(weight)
-
-
-@cute.jit
-def start_sum(rO, inv_sum, weight):
-    """my own o, normalised and rounded to f16, times its weight"""
+def normalise(rO, inv_sum):
+    """a piece, and round it to f16; in place, else o is kept in two forms, for the store and the join: 150 bytes of spills"""
     rPair = cute.make_rmem_tensor(2, Float16)
     word = cute.recast_tensor(rPair, Int32)
     for r in cutlass.range_constexpr(2):
         for block in cutlass.range_constexpr(cute.size(rO) // 32):
             for i in cutlass.range_constexpr(16 * block, 16 * block + 16, 2):
-                word[0] = pack_half(*(rO[element(r, i + j)] * inv_sum[r] for j in range(2)))
-                for j in cutlass.range_constexpr(2):
-                    rO[element(r, i + j)] = cute.math.fma(weight[r], rPair[j].to(Float32), Float32(0.0))
+                first, second = element(r, i), element(r, i + 1)
+                word[0] = pack_half(rO[first] * inv_sum[r], rO[second] * inv_sum[r])
+                rO[first], rO[second] = rPair[0].to(Float32), rPair[1].to(Float32)
 
 
 @cute.jit
-def add_piece(rO, sPiece, weight, mma):
-    """rO, an accumulator of `mma`, += weight of the row * sPiece (row, column)"""
+def join_sum(rO, sSum, sum_share, piece_share, mma):
+    """rO, an accumulator of `mma`, = the piece that it is and sSum (row, column), by their shares"""
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), Float16)
     copy = cute.make_tiled_copy_C(atom, mma).get_slice(thread_in_warpgroup())
-    tPiece = copy.partition_S(sPiece)  # ((8, 16 columns), 1, 1)
+    tSum = copy.partition_S(sSum)  # ((8, 16 columns), 1, 1)
     for n in cutlass.range_constexpr(cute.size(rO) // 8):
         cute.arch.sync_warp()  # loads stay behind it: all of them ahead of the sums spill 100 bytes
-        rPiece = cute.make_rmem_tensor(8, Float16)
-        cute.copy(atom, tPiece[(None, n), 0, 0], rPiece)
+        rSum = cute.make_rmem_tensor(8, Float16)
+        cute.copy(atom, tSum[(None, n), 0, 0], rSum)
         for i in cutlass.range_constexpr(8):
-            rO[8 * n + i] = cute.math.fma(weight[i // 2 % 2], rPiece[i].to(Float32), rO[8 * n + i])
+            of_sum = sum_share[i // 2 % 2] * rSum[i].to(Float32)
+            rO[8 * n + i] = cute.math.fma(piece_share[i // 2 % 2], rO[8 * n + i], of_sum)

@@ -79,6 +79,18 @@ def piece_weight(lse: Float32, all_log2: Float32):
 
 
 @cute.jit
+def join_pieces(log_sum: Float32, lse: Float32):
+    """Of a sum of pieces, whose weight has the log2 `log_sum` (-inf: none yet), and another piece: log2 of their weight, and the
+    share of each in it.  The same bits in both kernels that ask: only `piece_weight` adds to a product, and fuses it."""
+    most = cute.arch.fmax(cute.arch.fmax(log_sum, lse * LOG2_E), M_INIT)
+    of_sum, of_piece = cute.math.exp2(log_sum - most, fastmath=True), piece_weight(lse, most)
+    total, inverse = of_sum + of_piece, Float32(0.0)
+    if total > 0.0:
+        inverse = cute.arch.rcp_approx(total)
+    return most + cute.math.log2(total, fastmath=True), of_sum * inverse, of_piece * inverse
+
+
+@cute.jit
 def soft_cap(rS, factor):
     """tanh(rS * factor / (2 log2(e))), by exp2: tanh.approx is wrong by 5e-4, 0.02 of a score capped at 50; factor: Float32, or
     (row,)"""

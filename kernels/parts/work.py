@@ -24,11 +24,11 @@ class WorkItem:
     batch: Int32
     first: Int32  # tiles first .. end - 1
     end: Int32
-    slot: Int32  # where the partial result of its first piece goes, or -1: a whole request in one piece, its result is final
+    slot: Int32  # of the partial result of its first piece or, where pieces < 0, of all; -1: one piece, its result is final
     seqlen: Int32
     token: Int32  # ragged: the request's first query token in q
     num_queries: Int32
-    pieces: Int32  # their lengths, as spans.pack_pieces has it; < 0: the last one gathers the others; 0: it is a single one
+    pieces: Int32  # their lengths, as spans.pack_pieces has it; < 0: a whole request, they are joined; 0: it is a single one
 
     def owner(self, ragged):
         """whose rows in out and lse: the request, or ragged its first query token"""
@@ -45,14 +45,10 @@ def unpack_pieces(packed):
     return packed >> PIECE_SHIFT, packed & (1 << PIECE_SHIFT) - 1
 
 
-@cute.jit
-def num_gathered(pieces: Int32, tiles: Int32) -> Int32:
-    """how many pieces the last one of an item of so many tiles gathers"""
-    count = Int32(0)
-    if pieces < 0:
-        length, long = unpack_pieces(-pieces)
-        count = (tiles - long) // length - 1
-    return count
+def next_edge(pieces, first, edge):
+    """where the piece ends that begins at tile `edge` of an item of such pieces, the first of them at tile `first`"""
+    length, long = unpack_pieces(cutlass.max(pieces, -pieces))
+    return edge + length + Int32(edge - first < long * (length + 1))
 
 
 def record_slots(ring_slots: int) -> int:

@@ -55,8 +55,8 @@ def prefix_of(tiles, item_tiles):
 
 
 def slots_of(item):
-    """of its pieces"""
-    return [item.slot + i for i in range(len(item.edges) - 1)]
+    """of the partial results of its pieces"""
+    return [] if item.gathers else [item.slot + i for i in range(len(item.edges) - 1)]
 
 
 def part_cost(items, item_tiles):
@@ -88,6 +88,7 @@ def test_pieces_have_slots_of_their_own_and_are_merged(problem):
     lengths, row_tiles, max_parts, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
     slots = [slot for item in plan.items for slot in slots_of(item) if slot >= 0]
+    slots += {item.slot for item in plan.items if item.gathers}  # of a part, for all its items
     assert len(set(slots)) == len(slots)
     sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tokens, reach)), config
     assert all(0 <= slot < schedule.num_slots(*sizes) for slot in slots)
@@ -215,7 +216,7 @@ def test_fixed_pieces_are_even_and_as_many_as_documented(problem):
         sizes = [end - first for first, end, _ in pieces_of(plan, i)]
         assert not n or (sizes[0] - sizes[-1] <= 1 and sizes == sorted(sizes, reverse=True))
         enough = lambda k, n=n: k * k * 32 * row_tiles <= config.piece_gain * n or k * config.piece_tiles <= n
-        allowed = [k for k in range(1, min(n // 2, config.max_pieces) + 1) if enough(k)]
+        allowed = [k for k in range(1, min(n // config.least_tiles, config.max_pieces) + 1) if enough(k)]
         assert len(sizes) == max(allowed, default=min(n, 1))
 
 
@@ -234,19 +235,22 @@ def test_load_balance_of_whole_pieces(problem):
 @pytest.mark.parametrize("batch, length, row_tiles, parts", [(16, 4096, 2, 66), (16, 4096, 1, 132), (64, 4096, 2, 66)])
 def test_equal_requests_in_fixed_pieces_fill_the_card(batch, length, row_tiles, parts):
     plan = build_schedule([length] * batch, row_tiles, parts, INVARIANT)
-    counts = [sum(len(slots_of(item)) for item in plan.part(p)) for p in range(parts)]
+    counts = [sum(len(item.edges) - 1 for item in plan.part(p)) for p in range(parts)]
     assert max(counts) <= -(-sum(counts) // plan.num_parts) and plan.num_parts > 0.9 * parts
 
 
 @hypothesis.given(problems(fixed_pieces))
-def test_a_request_is_gathered_where_it_is_whole_and_its_pieces_are_long_enough(problem):
-    """the ring must have turned once between the last store of a piece and the request that reads it: gather_tiles slots"""
+def test_a_request_joins_its_pieces_where_it_is_whole(problem):
+    """Over its part's own slot.  The ring must have turned once between the store of a sum and the request that reads it:
+    pieces have gather_tiles tiles, as many as it has slots."""
     config, plan = problem[3], build_schedule(*problem)
+    part_of = [p for p in range(plan.num_parts) for _ in plan.part(p)]
     for i in {item.batch for item in plan.items}:
-        items = [item for item in plan.items if item.batch == i]
+        items = [(p, item) for p, item in zip(part_of, plan.items) if item.batch == i]
         sizes = [end - first for first, end, _ in pieces_of(plan, i)]
-        wanted = len(items) == 1 < len(sizes) and 0 < config.gather_tiles <= min(sizes)
-        assert [item.gathers for item in items] == [wanted] * len(items)
+        wanted = len(items) == 1 < len(sizes) and config.gather_tiles > 0
+        assert [item.gathers for _, item in items] == [wanted] * len(items)
+        assert not wanted or (items[0][0] == items[0][1].slot and min(sizes) >= config.gather_tiles)
 
 
 @pytest.mark.parametrize("row_tiles, wanted", [(1, 4), (2, 3), (4, 2), (8, 1), (5000, 1)])
