@@ -367,41 +367,42 @@ class DenseDecode:
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
             mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
-            clear = mask.clear()
-            softmax.reset()
+            clear, first = mask.clear(), item.first
             cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
-
-            self._open_qk(x, bars, pos)  # first tile: no S1, S3
-            self._close_qk(x, bars, pos, parity)
-            self._await_qk(bars, False)
-            pos = pos.next(config.ring_slots)
-            for tile in cutlass.range(item.first, item.end - 1, unroll=1):
-                self._cap(x, args)
-                mask.apply(x.rS, tile, clear)  # S1
-                softmax.step(x.rS, x.rP)
-                self._pin_softmax(softmax, smem)
-                pos = pieces.skip(piece, tile, pos)
-                self._open_qk(x, bars, pos)  # S2
-                self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
-                piece = pieces.end(softmax, it, item, item_rows, piece, tile)
-                publish(bars.p_full, config.lane_arrivals)
-                self._close_qk(x, bars, pos, parity ^ 1)  # S4
-                self._await_qk(bars, True)  # S5
+            for _ in cutlass.range(pieces.num_runs(item), unroll=1):
+                end = pieces.end_of_run(item, piece)
+                softmax.reset()
+                self._open_qk(x, bars, pos)  # first tile: no S1, S3
+                self._close_qk(x, bars, pos, parity)
+                self._await_qk(bars, False)
                 pos = pos.next(config.ring_slots)
+                for tile in cutlass.range(first, end - 1, unroll=1):
+                    self._cap(x, args)
+                    mask.apply(x.rS, tile, clear)  # S1
+                    softmax.step(x.rS, x.rP)
+                    self._pin_softmax(softmax, smem)
+                    self._open_qk(x, bars, pos)  # S2
+                    self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
+                    piece = pieces.end(softmax, it, item, item_rows, piece, tile)
+                    publish(bars.p_full, config.lane_arrivals)
+                    self._close_qk(x, bars, pos, parity ^ 1)  # S4
+                    self._await_qk(bars, True)  # S5
+                    pos = pos.next(config.ring_slots)
+                    parity ^= 1
+                self._cap(x, args)
+                mask.apply(x.rS, end - 1, clear)  # last tile: no S2, S4, S5
+                softmax.step(x.rS, x.rP)
+                inv_sum = softmax.finalize()
+                join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
+                self._store_p(x.rP, softmax.rescale, smem, bars, parity)
+                store_row_values(inv_sum, smem.inv_sum[None, it & 1])
+                pieces.join_run(softmax, item, item_rows, piece)
+                publish(bars.p_full, config.lane_arrivals)
+                arrive(bars.pv_go, config.lane_arrivals)
                 parity ^= 1
-            self._cap(x, args)
-            mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
-            softmax.step(x.rS, x.rP)
-            inv_sum = softmax.finalize()
-            join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
-            self._store_p(x.rP, softmax.rescale, smem, bars, parity)
-            store_row_values(inv_sum, smem.inv_sum[None, it & 1])
-            pos = pieces.skip(piece, item.end - 1, pos)
-            pieces.join_last(softmax, item, item_rows, piece)
-            publish(bars.p_full, config.lane_arrivals)
-            arrive(bars.pv_go, config.lane_arrivals)
-            parity ^= 1
-            pieces.store_lse(softmax, item, item_rows, piece)
+                pieces.store_lse(softmax, item, item_rows, piece)
+                piece, pos = pieces.next_run(item, piece, pos)
+                first = end
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):

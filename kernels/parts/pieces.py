@@ -25,6 +25,7 @@ from .sync import RingPos, arrive
 from .tiles import element, fragment_row, thread_in_warpgroup
 from .work import next_edge, unpack_pieces
 
+JOINED = 3  # named barrier of both VALUE warpgroups
 NORMALISED = 1.0, 1.0
 SUM, SUM_SHARE, PIECE_SHARE, FACTOR = range(4)  # columns of FixedPieces.joined
 
@@ -61,18 +62,37 @@ class FixedPieces:
 
     # ------------------------------------------------------------------ SCORE
     @cute.jit
-    def skip(self, piece: Piece, tile: Int32, pos: RingPos) -> RingPos:
-        """The slot behind a piece's last tile, which only VALUE reads.  Before p of that tile is published: then VALUE cannot
-        leave the slot before SCORE has seen it filled (two phases of an mbarrier look like none)."""
+    def num_runs(self, item) -> Int32:
+        """An item's tiles in runs that end where pieces are joined.  The next tile lies behind the sum, and may be on its way
+        still: p of a run's last tile does not wait for its scores."""
+        runs = Int32(1)
         if const_expr(self.config.fixed_pieces):
-            if (tile + 1 == piece.edge) & piece.joins:
+            if item.pieces < 0:
+                length, long = unpack_pieces(-item.pieces)
+                runs = (item.end - item.first - long) // length - 1
+        return runs
+
+    @cute.jit
+    def end_of_run(self, item, piece: Piece) -> Int32:
+        end = item.end
+        if const_expr(self.config.fixed_pieces):
+            if item.pieces < 0:
+                end = piece.edge if piece.joins else next_edge(item.pieces, item.first, piece.edge)
+        return end
+
+    @cute.jit
+    def next_run(self, item, piece: Piece, pos: RingPos):
+        """Behind a sum, which only VALUE reads: unless SCORE sees its slot filled before it is left, two phases look like none."""
+        if const_expr(self.config.fixed_pieces):
+            if item.pieces < 0:
                 cute.arch.mbarrier_wait(self.slot_full + pos.stage, pos.phase)
-                pos = pos.next(self.config.ring_slots)
-        return pos
+                arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
+                piece, pos = piece.next(item), pos.next(self.config.ring_slots)
+        return piece, pos
 
     @cute.jit
     def end(self, softmax, it: Int32, item, rows, piece: Piece, tile: Int32) -> Piece:
-        """a piece's normalisation and shares go to VALUE with p of its last tile"""
+        """inside a run; a piece's normalisation goes to VALUE with p of its last tile"""
         if const_expr(self.config.fixed_pieces):
             if tile + 1 == piece.edge:
                 store_row_values(softmax.finalize(), self.inv_sum[None, it & 1])
@@ -85,21 +105,22 @@ class FixedPieces:
         return piece
 
     @cute.jit
-    def join_last(self, softmax, item, rows, piece: Piece):
-        """likewise, with p of the item's last tile"""
+    def join_run(self, softmax, item, rows, piece: Piece):
+        """the shares of a run's last piece and of the sum, likewise; of an item's last, the factor of out, too"""
         if const_expr(self.config.fixed_pieces):
             if item.pieces < 0:
                 self._join(softmax, piece)
-                self._store_factors(rows)
+                if piece.edge == item.end:
+                    self._store_factors(rows)
 
     @cute.jit
     def store_lse(self, softmax, item, rows, piece: Piece):
-        """at an item's end, when VALUE has p"""
+        """when VALUE has p of an item's last tile"""
         if const_expr(self.config.fixed_pieces):
-            if item.pieces < 0:
+            if (item.pieces < 0) & (piece.edge == item.end):
                 sums = _Sums(self.joined, fragment_row(thread_in_warpgroup()))
                 store_item_lse(self.config, sums, self.result, replace(item, slot=Int32(-1)), rows)
-            else:
+            elif item.pieces >= 0:
                 store_item_lse(self.config, softmax, self.result, replace(item, slot=piece.slot), rows)
         else:
             store_item_lse(self.config, softmax, self.result, item, rows)
@@ -142,8 +163,11 @@ class FixedPieces:
                     sSum = cute.local_tile(self.ring, (64, self.config.kv.latent // 2, self.config.ring_slots), (0, half, 0))
                     shares = (self._of_my_rows(self.joined[None, i]) for i in (SUM_SHARE, PIECE_SHARE))
                     join_sum(rO, sSum[None, None, pos.stage], *shares, mma)
-                    arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
-                    if const_expr(half == 1):
+                    if const_expr(half == 0):
+                        cute.arch.barrier_arrive(barrier_id=JOINED, number_of_threads=256)
+                    else:  # for both, SCORE has the other arrivals
+                        cute.arch.barrier(barrier_id=JOINED, number_of_threads=256)
+                        arrive(self.slot_empty + pos.stage, self.config.lane_arrivals)
                         if refills:
                             cursor = loads.wait_and_request(cursor, pos)
                     pos = pos.next(self.config.ring_slots)

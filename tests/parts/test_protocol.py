@@ -4,7 +4,7 @@ that reads a slot finds in it what it should, or the test fails.  What it models
 
 import random
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -39,6 +39,11 @@ class Item:
         edges = list(accumulate(self.pieces))
         return edges.index(tile) if tile in edges else -1
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """what lies between sums"""
+        return list(pairwise([0, *list(accumulate(self.pieces))[1:]] if self.pieces else [0, self.tiles]))
+
 
 @dataclass
 class Kernel:
@@ -47,7 +52,7 @@ class Kernel:
     drawn: random.Random
     signal_tiles: bool = True  # rope_full has a phase for each tile
     await_sums: bool = True  # SCORE waits for the slots that only VALUE reads,
-    before_p: bool = True  # and before p of the last tile is published
+    leave_sums: bool = True  # and they are not filled again before it has
     show_sums: bool = True  # VALUE's stores are fenced before it leaves the next tile
     late_sums: bool = False  # they land when nothing else can happen
     memory: dict = field(default_factory=dict)
@@ -62,7 +67,7 @@ class Kernel:
         self.p_full, self.p_empty, self.pv_go = Barrier(1), Barrier(BOTH), Barrier(1)
         self.contents = iter(list(self._contents()))
         self.feeds = iter([(it, tile) for it, item in enumerate(self.items) for tile in range(item.tiles)])
-        self.records = record_slots(self.slots)
+        self.records, self.met = record_slots(self.slots), [0, 0]
 
     def _contents(self):
         for it, item in enumerate(self.items):
@@ -117,13 +122,6 @@ class Kernel:
                 self.expect("rope", (it, tile))
             self.expect("q tail", (it,))
 
-        def skip(it, tile):
-            nonlocal stage, phase
-            if self.items[it].piece_before(tile + 1) > 0:
-                if self.await_sums:
-                    yield self.slot_full[stage].passed(phase)
-                stage, phase = self.advance(stage, phase)
-
         def store_p(it, tile, parity):
             yield self.p_empty.passed(parity ^ 1)
             self.memory["p"] = it, tile
@@ -141,29 +139,28 @@ class Kernel:
             self.slot_empty[stage].arrive(BOTH)
             stage, phase = self.advance(stage, phase)
             yield self.q_tail_full.passed(it & 1)
-            yield from scores(it, 0, parity)
-            self.rope_empty.arrive()
-            stage, phase = self.advance(stage, phase)
-            for tile in range(item.tiles - 1):
-                if self.before_p:
-                    yield from skip(it, tile)
-                    yield self.slot_full[stage].passed(phase)  # S2
-                yield from store_p(it, tile, parity)
-                if not self.before_p:
-                    yield from skip(it, tile)
-                yield from scores(it, tile + 1, parity ^ 1)
-                self.pv_go.arrive()
-                yield lambda: True
+            for first, end in item.runs:
+                yield from scores(it, first, parity)
                 self.rope_empty.arrive()
                 stage, phase = self.advance(stage, phase)
+                for tile in range(first, end - 1):
+                    yield self.slot_full[stage].passed(phase)  # S2
+                    yield from store_p(it, tile, parity)
+                    yield from scores(it, tile + 1, parity ^ 1)
+                    self.pv_go.arrive()
+                    yield lambda: True
+                    self.rope_empty.arrive()
+                    stage, phase = self.advance(stage, phase)
+                    parity ^= 1
+                yield from store_p(it, end - 1, parity)
+                self.pv_go.arrive()
                 parity ^= 1
-            if self.before_p:
-                yield from skip(it, item.tiles - 1)
-            yield from store_p(it, item.tiles - 1, parity)
-            self.pv_go.arrive()
-            parity ^= 1
-            if not self.before_p:
-                yield from skip(it, item.tiles - 1)
+                if item.pieces:
+                    if self.await_sums:
+                        yield self.slot_full[stage].passed(phase)
+                    if self.leave_sums:
+                        self.slot_empty[stage].arrive()
+                    stage, phase = self.advance(stage, phase)
 
     def value(self, half: int):
         """half 0 feeds, half 1 refills"""
@@ -176,8 +173,9 @@ class Kernel:
             self.refill(0)
         (stage, phase), parity = self.advance(0, 0), 0
 
-        def leave():
-            self.slot_empty[stage].arrive()
+        def leave(arrives=True):
+            if arrives:
+                self.slot_empty[stage].arrive()
             if half == 1:
                 yield self.slot_empty[stage].passed(phase)
                 self.refill(stage)
@@ -209,7 +207,10 @@ class Kernel:
                     yield lambda: True
                     self.expect("joined", (it, tile + 1))
                     self.expect(("ring", stage), ("sum", it, piece - 1))
-                    yield from leave()
+                    self.met[half] += 1
+                    if half == 1:
+                        yield lambda mine=self.met[1]: self.met[0] >= mine
+                    yield from leave(arrives=half == 1 or not self.leave_sums)
                     stage, phase = self.advance(stage, phase)
                 if piece >= 0 and tile + 1 < item.tiles:
                     yield lambda: True
@@ -277,7 +278,10 @@ def test_tiles_without_rope_must_be_signalled():
         run_some(3, signal_tiles=False, count=1000)
 
 
-@pytest.mark.parametrize("broken", [dict(await_sums=False, late_sums=True), dict(before_p=False), dict(show_sums=False)], ids=str)
+BROKEN = dict(await_sums=False, leave_sums=False, late_sums=True), dict(leave_sums=False), dict(show_sums=False)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
 def test_what_sums_of_pieces_need(broken):
     """SCORE must see every phase of a slot, or it takes the phase before last for the last, or waits for one that has gone by"""
     with pytest.raises(AssertionError):
