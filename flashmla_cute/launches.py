@@ -248,7 +248,7 @@ def _absent(op) -> set[str]:
     optional = {"cu_seqlens_q": op.name == "ragged_schedule", "scale": op.name == "fp8_append"}
     if isinstance(op.config, MLAConfig):
         rope = op.config.kv.rope > 0
-        optional |= {"sink": op.config.sink, "q_rope": rope, "rope": rope, "joined": op.config.fixed_pieces}
+        optional |= {"sink": op.config.sink, "q_rope": rope, "rope": rope}
     elif isinstance(op.config, Fp8Config | UpcastConfig):
         optional |= {"sink": op.config.base.sink}
     return {name for name, present in optional.items() if not present}

@@ -92,8 +92,8 @@ class DecodePlan:
         fixed = config.max_pieces > 0
         need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
         if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:  # what the kernel can gather
-            config = replace(config, gather_tiles=MLAConfig(kv=cache.format, causal=False).ring_slots)
-        self.fixed_pieces = config.gather_tiles > 0
+            config = replace(config, runs=1)
+        self.fixed_pieces = config.runs > 0
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
         if not isinstance(options, DecodeOptions):
             raise TypeError(f"options is a {type(options).__name__}; allowed: DecodeOptions")

@@ -73,7 +73,7 @@ class Schedule:
 
 def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
     """partial results that `batch` requests of up to `max_tiles` tiles can need"""
-    if config.gather_tiles:  # one for each part, and those of cut requests
+    if config.runs:  # one for each part, and those of cut requests
         return max_parts + min(batch, max_parts - 1) * num_pieces(max_tiles, row_tiles, config)
     if config.max_pieces:
         return max(1, batch * num_pieces(max_tiles, row_tiles, config))
@@ -82,7 +82,7 @@ def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config
 
 def num_items(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
     """records that they can need: one for each request and for every cut, or one for each piece"""
-    if config.max_pieces and not config.gather_tiles:
+    if config.max_pieces and not config.runs:
         return batch * num_pieces(max_tiles, row_tiles, config)
     return batch + max_parts
 
@@ -93,7 +93,7 @@ def num_pieces(tiles: int, row_tiles: int, config: ScheduleConfig) -> int:
         return int(tiles > 0)
     pieces = isqrt(config.piece_gain * min(tiles, MANY_TILES) // (32 * min(row_tiles, MAX_ROW_TILES)))
     pieces = max(pieces, tiles // config.piece_tiles)
-    return max(min(pieces, tiles // config.least_tiles, config.max_pieces), int(tiles > 0))
+    return max(min(pieces, tiles // 2, config.max_pieces), int(tiles > 0))
 
 
 def piece_edge(tiles: int, pieces: int, i: int) -> int:
@@ -224,19 +224,19 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
     inside = [0, *accumulate(int(tile > 0 and (p == 0 or cuts[p - 1] != (r, tile))) for p, (r, tile) in enumerate(cuts))]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
-    if config.max_pieces and not config.gather_tiles:  # a piece is an item
+    if config.max_pieces and not config.runs:  # a piece is an item
         part_begin = [first_piece[r] + (_piece_edges(tiles[r], pieces[r]).index(tile) if tile else 0) for r, tile in cuts]
     part_of = [bisect_right(cuts[: parts + 1], (request, 0)) - 1 for request in range(len(tiles))]
-    items, merges, next_slot = [], [], max_parts if config.gather_tiles else 0
+    items, merges, next_slot = [], [], max_parts if config.runs else 0
     for request, n in enumerate(tiles):
         edges = [0, *sorted({tile for r, tile in cuts[1:parts] if r == request and tile > 0}), n]
         whole, num, seqlen = len(edges) == 2, pieces[request], seqlens[request]
         if not n:
             merges.append(Merge(request, 0, 0))
-        elif num > 1 and whole and config.gather_tiles:
+        elif num > 1 and whole and config.runs:
             items.append(Item(request, 0, n, part_of[request], seqlen, pieces=pack_pieces(n, num, 0, True)))
         elif num > 1:
-            edges, slot = (edges, next_slot) if config.gather_tiles else (_piece_edges(n, num), first_piece[request])
+            edges, slot = (edges, next_slot) if config.runs else (_piece_edges(n, num), first_piece[request])
             items += [_run(Item(request, a, b, slot, seqlen), n, num) for a, b in pairwise(edges)]
             merges.append(Merge(request, slot, num))
             next_slot += num

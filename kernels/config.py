@@ -295,8 +295,7 @@ class ScheduleConfig:
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
     piece_tiles: int = 48  # or as many of this length as it holds, if that is more
-    gather_tiles: int = 0  # an item may be several pieces, of so many tiles or more, and a request that is one joins its own;
-    # 0: a piece is an item, and kernels/combine.py joins all
+    runs: int = 0  # 1: an item may be several pieces, and a request that is one joins its own; 0: a piece is an item
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024
 
@@ -305,20 +304,15 @@ class ScheduleConfig:
             ("max_pieces", 0, MAX_PIECES),
             ("piece_gain", 1, MAX_PIECE_GAIN),
             ("piece_tiles", 1, 1 << 25),
-            ("gather_tiles", 0, 1 << 25),
+            ("runs", 0, 1),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"ScheduleConfig: {name} is {value}; allowed: {least} .. {most}")
 
     @property
-    def least_tiles(self) -> int:
-        """of one of several pieces"""
-        return max(2, self.gather_tiles)
-
-    @property
     def name(self) -> str:
-        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}_{self.piece_tiles}_{self.gather_tiles}" if self.max_pieces else ""
+        fixed = f"_pieces{self.max_pieces}_{self.piece_gain}_{self.piece_tiles}_{self.runs}" if self.max_pieces else ""
         return f"schedule_{self.item_tiles}_{self.tile_cost}{fixed}"
 
 

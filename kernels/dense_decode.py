@@ -53,7 +53,7 @@ from enum import IntEnum
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float16, Float32, Int32, Int64, const_expr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -65,7 +65,7 @@ from .parts.mask import Mask
 from .parts.pieces import FixedPieces, Piece
 from .parts.ptx import opaque, uniform
 from .parts.requests import Feed, Refill
-from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
+from .parts.results import Outputs, join_sink, read_item, store_item_o
 from .parts.rows import RowTile, num_row_tiles
 from .parts.softmax import LOG2_E, OnlineSoftmax, rescale_rows, soft_cap
 from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
@@ -102,7 +102,6 @@ class Args:
     q: TmaOperand  # columns 0..511, (head, query token, 64, 8, request)
     q_last: TmaOperand  # columns 448..511, (head, query token, 64, 1, request)
     q_rope: TmaOperand | None  # columns 512..575, likewise
-    joined: TmaOperand | None  # partial results, as q has it, (head, query token, 64, 8, slot); None: no pieces are joined
     latent: TmaOperand  # (token, 64, 8, kv head, page)
     rope: TmaOperand | None  # (token, 64, 1, kv head, page)
     block_table: cute.Tensor  # (request, tile)
@@ -119,7 +118,6 @@ class Args:
 class Smem:
     ring: cute.Tensor  # (row, 512, stage)
     q_ring: cute.Tensor  # the same memory as a q slot has it
-    sum_ring: cute.Tensor  # and as a slot with a sum of pieces has it
     q_last: cute.Tensor  # (row, 64, 1)
     q_rope: cute.Tensor  # (row, 64, 1)
     rope: cute.Tensor  # (token, 64, 1)
@@ -197,13 +195,11 @@ def allocate(config):
     ring = f"{config.ring_slots} slots * {TILE} rows * {latent} columns * {config.kv.itemsize}"
     assert size <= SMEM_LIMIT, f"{config.name}: {size} bytes of shared memory, {ring} of them the ring; {SMEM_LIMIT} allowed"
     storage = SmemAllocator().allocate(Storage)
-    typed = lambda field, t, *shape, **by: (lambda s: field.get_tensor(s.outer, s.inner, t))(swizzled(t, *shape, **by))
-    view = lambda field, *shape, **by: typed(field, dtype, *shape, **by)
+    view = lambda field, *shape, **by: (lambda s: field.get_tensor(s.outer, s.inner, dtype))(swizzled(dtype, *shape, **by))
     plain = lambda field, *shape: field.get_tensor(cute.make_layout(shape))
     smem = Smem(
         ring=view(storage.ring, TILE, latent, config.ring_slots, by_rows=config.box_tokens < TILE),
         q_ring=view(storage.ring, TILE, latent, config.ring_slots),
-        sum_ring=typed(storage.ring, Float16, TILE, latent, config.ring_slots),
         q_last=view(storage.q_last, TILE, BLOCK, 1),
         q_rope=view(storage.q_rope, TILE, BLOCK, 1),
         rope=view(storage.rope, TILE, BLOCK, 1),
@@ -280,9 +276,6 @@ class DenseDecode:
             q=query_operand(config, q, 0, BLOCK, blocks),
             q_last=query_operand(config, q, latent - BLOCK, BLOCK, 1),
             q_rope=query_operand(config, rope_of, rope_column, rope, 1, step=BLOCK) if rope else None,
-            joined=query_operand(replace(config, ragged=False), result.o_split, 0, BLOCK, blocks)
-            if config.fixed_pieces
-            else None,
             latent=cache_operand(config, cache, 0, BLOCK, blocks),
             rope=cache_operand(config, cache, latent, rope, 1, step=BLOCK) if rope else None,
             block_table=block_table,
@@ -310,7 +303,7 @@ class DenseDecode:
         smem, bars = allocate(self.config)
         warp_idx = uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for operand in (args.q, args.q_last, args.q_rope, args.joined, args.latent, args.rope):
+            for operand in (args.q, args.q_last, args.q_rope, args.latent, args.rope):
                 if const_expr(operand is not None):
                     cpasync.prefetch_descriptor(operand.atom)
             with cute.arch.elect_one():
@@ -342,9 +335,8 @@ class DenseDecode:
                 else:
                     self.value(1, args, smem, bars, work, rows)
 
-    def _pieces(self, args, smem, bars):
-        ring = smem.sum_ring, bars.slot_full, bars.slot_empty
-        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.joined, *ring)
+    def _pieces(self, args, smem):
+        return FixedPieces(self.config, args.result, args.sink, smem.inv_sum, smem.joined)
 
     def _tile_loads(self, args, smem, bars, rows):
         """of the latent and the rope columns (None: there are none)"""
@@ -358,7 +350,7 @@ class DenseDecode:
     def score(self, args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
         config = self.config
         x, softmax = ScoreTiles.make(config, smem), OnlineSoftmax.make(args.scale_log2, config.lazy_rescale)
-        pieces = self._pieces(args, smem, bars)
+        pieces = self._pieces(args, smem)
         pos, parity = RingPos(Int32(0), Int32(0)), Int32(0)  # parity of the running tile count
         for it in cutlass.range(work.count, unroll=1):
             cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
@@ -367,42 +359,39 @@ class DenseDecode:
             self._load_q(x, smem, bars, pos.stage)
             pos = pos.next(config.ring_slots)
             mask = Mask(item_rows, item.seqlen, config.causal, config.options.window)
-            clear, first = mask.clear(), item.first
+            clear = mask.clear()
+            softmax.reset()
             cute.arch.mbarrier_wait(bars.q_tail_full, it & 1)
-            for _ in cutlass.range(pieces.num_runs(item), unroll=1):
-                end = pieces.end_of_run(item, piece)
-                softmax.reset()
-                self._open_qk(x, bars, pos)  # first tile: no S1, S3
-                self._close_qk(x, bars, pos, parity)
-                self._await_qk(bars, False)
-                pos = pos.next(config.ring_slots)
-                for tile in cutlass.range(first, end - 1, unroll=1):
-                    self._cap(x, args)
-                    mask.apply(x.rS, tile, clear)  # S1
-                    softmax.step(x.rS, x.rP)
-                    self._pin_softmax(softmax, smem)
-                    self._open_qk(x, bars, pos)  # S2
-                    self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
-                    piece = pieces.end(softmax, it, item, item_rows, piece, tile)
-                    publish(bars.p_full, config.lane_arrivals)
-                    self._close_qk(x, bars, pos, parity ^ 1)  # S4
-                    self._await_qk(bars, True)  # S5
-                    pos = pos.next(config.ring_slots)
-                    parity ^= 1
+
+            self._open_qk(x, bars, pos)  # first tile: no S1, S3
+            self._close_qk(x, bars, pos, parity)
+            self._await_qk(bars, False)
+            pos = pos.next(config.ring_slots)
+            for tile in cutlass.range(item.first, item.end - 1, unroll=1):
                 self._cap(x, args)
-                mask.apply(x.rS, end - 1, clear)  # last tile: no S2, S4, S5
+                mask.apply(x.rS, tile, clear)  # S1
                 softmax.step(x.rS, x.rP)
-                inv_sum = softmax.finalize()
-                join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
-                self._store_p(x.rP, softmax.rescale, smem, bars, parity)
-                store_row_values(inv_sum, smem.inv_sum[None, it & 1])
-                pieces.join_run(softmax, item, item_rows, piece)
+                self._pin_softmax(softmax, smem)
+                self._open_qk(x, bars, pos)  # S2
+                self._store_p(x.rP, softmax.rescale, smem, bars, parity)  # S3
+                piece = pieces.end(softmax, it, item, item_rows, piece, tile)
                 publish(bars.p_full, config.lane_arrivals)
-                arrive(bars.pv_go, config.lane_arrivals)
+                self._close_qk(x, bars, pos, parity ^ 1)  # S4
+                self._await_qk(bars, True)  # S5
+                pos = pos.next(config.ring_slots)
                 parity ^= 1
-                pieces.store_lse(softmax, item, item_rows, piece)
-                piece, pos = pieces.next_run(item, piece, pos)
-                first = end
+            self._cap(x, args)
+            mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
+            softmax.step(x.rS, x.rP)
+            inv_sum = softmax.finalize()
+            join_sink(config, inv_sum, softmax, args.sink, item, item_rows)
+            self._store_p(x.rP, softmax.rescale, smem, bars, parity)
+            store_row_values(inv_sum, smem.inv_sum[None, it & 1])
+            pieces.end_item(softmax, item, item_rows, piece)
+            publish(bars.p_full, config.lane_arrivals)
+            arrive(bars.pv_go, config.lane_arrivals)
+            parity ^= 1
+            pieces.store_lse(softmax, item, item_rows, piece)
 
     @cute.jit
     def _load_q(self, x: ScoreTiles, smem: Smem, bars: Barriers, stage: Int32):
@@ -492,7 +481,7 @@ class DenseDecode:
         warp_idx = uniform(cute.arch.warp_idx())
         row = fragment_row(thread_in_warpgroup())
         loads, cursor = self._value_loads(half, args, smem, bars, work, rows), None
-        pieces = self._pieces(args, smem, bars)
+        pieces = self._pieces(args, smem)
         if const_expr(half == 0):
             cursor = loads.start()
             if warp_idx == FEED_WARP:
@@ -519,7 +508,6 @@ class DenseDecode:
                     self._zero_tail(half, smem.ring, pos.stage, item.seqlen - tile * TILE)
                 cute.arch.mbarrier_wait(bars.pv_go, parity)  # V2
                 self._accumulate(rO, tP, tV[None, None, None, pos.stage])
-                pieces.show(item)
                 if const_expr(half == 0):  # V3, in the shadow of p v
                     if warp_idx == FEED_WARP:
                         if tile + 1 < item.end:
@@ -532,8 +520,7 @@ class DenseDecode:
                         cursor = loads.wait_and_request(cursor, pos)
                 pos = pos.next(config.ring_slots)
                 parity ^= 1
-                ring = dict(loads=loads, refills=warp_idx == REFILL_WARP, cursor=cursor, pos=pos)
-                piece, cursor, pos = pieces.end_tile(half, rO, mma, it, item, item_rows, piece, tile, **ring)
+                piece = pieces.end_tile(half, rO, it, item, item_rows, piece, tile)
             if const_expr(half == 1):  # V5, the next item's q slot
                 if warp_idx == REFILL_WARP:
                     if it + 1 < work.count:
@@ -552,10 +539,8 @@ class DenseDecode:
             if config.kv.rope:
                 q_rope = query_load(config, args.q_rope, rows, smem.q_rope, bars.q_tail_full)
             return Feed(rope, q_last, q_rope, config.page, args.block_table, work, bars.rope_empty)
-        q, joined = query_load(config, args.q, rows, smem.q_ring, bars.slot_full), None
-        if config.fixed_pieces:
-            joined = query_load(replace(config, ragged=False), args.joined, rows, smem.sum_ring, bars.slot_full)
-        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty, joined=joined)
+        q = query_load(config, args.q, rows, smem.q_ring, bars.slot_full)
+        return Refill(q, latent, config.page, args.block_table, work, smem.item, bars.slot_empty)
 
     @cute.jit
     def _accumulate(self, rO, tP, tV):

@@ -13,7 +13,7 @@ request, and one for each request that has such cuts.
 
 With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for.  Cuts move to
 their edges, and the merge keeps to one order.  An item is a piece, each with the slot of its own number, or with
-config.gather_tiles a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py), over
+config.runs a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py), over
 one slot of its part's own, and only the pieces of cut requests, of which there are fewer than parts, have slots of theirs.
 """
 
@@ -71,7 +71,7 @@ class Smem:
 class BuildSchedule:
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        self.items_are_pieces = config.max_pieces > 0 and config.gather_tiles == 0
+        self.items_are_pieces = config.max_pieces > 0 and config.runs == 0
 
     @cute.jit
     def __call__(
@@ -182,8 +182,7 @@ class BuildSchedule:
     def _num_pieces(self, args: Args, tiles: Int32):
         """before the cuts"""
         config = self.config
-        by_length = config.max_pieces, config.piece_gain, config.piece_tiles, config.least_tiles
-        return num_pieces(tiles, args.row_tiles, *by_length)
+        return num_pieces(tiles, args.row_tiles, config.max_pieces, config.piece_gain, config.piece_tiles)
 
     @cute.jit
     def _num_items(self, args: Args, tiles: Int32) -> Int32:
@@ -393,7 +392,7 @@ class BuildSchedule:
     def _write(self, args: Args, smem: Smem, item: Int32, record):
         request, first, end, slot = record
         pieces = Int32(0)
-        if const_expr(self.config.gather_tiles > 0):
+        if const_expr(self.config.runs > 0):
             pieces = self._run(args, smem, request, first, end)
         length = self._length(args, request)
         unseen = self._first_tile(args, length)

@@ -14,7 +14,7 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 from .loads import NoLoad, PageSpan, PairLoad, TmaLoad, tiles_per_load
 from .ptx import lane_value, uniform
 from .sync import RingPos
-from .work import PIECES, RECORD, Work, WorkItem, next_edge, record_of
+from .work import RECORD, Work, WorkItem, record_of
 
 BATCH, FIRST, END, SLOT, SEQLEN = range(5)
 assert [f.name for f in fields(WorkItem)][:5] == ["batch", "first", "end", "slot", "seqlen"]
@@ -31,7 +31,6 @@ class Cursor:
     first: Int32
     tile: Int32
     end: Int32
-    edge: Int32  # before this tile comes the sum of the pieces joined so far
     seqlen: Int32
     record: Int32  # per lane: field lane % RECORD of the next record to start
     pages: Int32  # per lane: PageSpan.entries
@@ -50,8 +49,7 @@ def _pages_of(requests, it: Int32, pages, batch: Int32, first: Int32, end: Int32
 
 @dataclass(frozen=True)
 class Refill:
-    """ring slots: q of an item in one or more parts, its tiles, and where fixed pieces are joined, behind every piece but the
-    first the sum of those before it; the item's record rides along in smem"""
+    """ring slots: q of an item in one or more parts, then its tiles; its record rides along in smem"""
 
     q: TmaLoad | PairLoad
     latent: TmaLoad | PairLoad
@@ -61,15 +59,14 @@ class Refill:
     sItem: cute.Tensor  # (RECORD, record slot)
     slot_empty: cute.Pointer
     q_parts: Constexpr[int] = 1
-    joined: TmaLoad | None = None  # a partial result, by its slot; None: no pieces are joined
 
     def start(self):
         zero, pages = Int32(0), self.work.first_pages
-        return Cursor(zero, zero, zero, zero, zero, zero, zero, zero, zero, self.work.head, zero if pages is None else pages)
+        return Cursor(zero, zero, zero, zero, zero, zero, zero, zero, self.work.head, zero if pages is None else pages)
 
     @cute.jit
     def request(self, c: Cursor, stage: Int32):
-        it, skipped, q_part, batch, first, tile, end, edge, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
+        it, skipped, q_part, batch, first, tile, end, seqlen, record, pages = (getattr(c, f.name) for f in fields(Cursor))
         lane, single = cute.arch.lane_idx(), self.q_parts == 1
         opens = q_part == 0
         if opens:
@@ -84,7 +81,6 @@ class Refill:
                         record_of(self.sItem, it - skipped)[lane] = record
                     cute.arch.sync_warp()
                     batch, first, end, seqlen = (lane_value(record, i) for i in (BATCH, FIRST, END, SEQLEN))
-                    edge = self._first_edge(record, first)
                 self.q.start(self.work.query_index(batch, record), stage, 0 if const_expr(single) else q_part)
                 tile, q_part = first, q_part + 1
                 closes = Boolean(True) if const_expr(single) else q_part == self.q_parts
@@ -93,39 +89,13 @@ class Refill:
                     if it + 1 < self.work.total:
                         record = self.work.records[it + 1, lane % RECORD]
             else:
-                span = PageSpan.around(self.page, pages, first, tile)
-                if const_expr(self.joined is None):
-                    self.latent.start_tile(span, tile, stage)
-                    tile += 1
-                else:
-                    tile, edge = self._start_tile_or_sum(span, it - skipped, first, tile, edge, stage)
-                if (tile == end) & (edge != end):
+                self.latent.start_tile(PageSpan.around(self.page, pages, first, tile), tile, stage)
+                tile += 1
+                if tile == end:
                     it, q_part = it + 1, Int32(0)
                 elif (tile - first) % tiles_per_load(self.page) == 0:
                     pages = PageSpan.load(self.page, self.block_table, batch, tile, end, seqlen).entries
-        return Cursor(it, skipped, q_part, batch, first, tile, end, edge, seqlen, record, pages)
-
-    @cute.jit
-    def _first_edge(self, record: Int32, first: Int32) -> Int32:
-        """where an item's second piece ends, if pieces are joined"""
-        edge = Int32(-1)
-        if const_expr(self.joined is not None):
-            pieces = lane_value(record, PIECES)
-            if pieces < 0:
-                edge = next_edge(pieces, first, next_edge(pieces, first, first))
-        return edge
-
-    @cute.jit
-    def _start_tile_or_sum(self, span: PageSpan, it: Int32, first: Int32, tile: Int32, edge: Int32, stage: Int32):
-        """returns the next tile and edge"""
-        if tile == edge:
-            sRecord = record_of(self.sItem, it)
-            self.joined.start(uniform(sRecord[SLOT]), stage)
-            edge = next_edge(uniform(sRecord[PIECES]), first, edge)
-        else:
-            self.latent.start_tile(span, tile, stage)
-            tile += 1
-        return tile, edge
+        return Cursor(it, skipped, q_part, batch, first, tile, end, seqlen, record, pages)
 
     @cute.jit
     def wait_and_request(self, c: Cursor, pos: RingPos):

@@ -80,16 +80,11 @@ def load_of(
 # ---------------------------------------------------------------------- batch-invariant: cuts at the edges of fixed pieces
 @cute.jit
 def num_pieces(
-    tiles: Int32,
-    row_tiles: Int32,
-    max_pieces: Constexpr[int],
-    gain: Constexpr[int],
-    piece_tiles: Constexpr[int],
-    least_tiles: Constexpr[int],
+    tiles: Int32, row_tiles: Int32, max_pieces: Constexpr[int], gain: Constexpr[int], piece_tiles: Constexpr[int]
 ) -> Int32:
-    """The largest n with n^2 * row_tiles <= gain / 32 * tiles or n * piece_tiles <= tiles, up to max_pieces and tiles /
-    least_tiles; at least 1, but 0 without tiles."""
-    pieces, most = Int32(1) if tiles > 0 else Int32(0), cutlass.min(tiles // least_tiles, max_pieces)
+    """The largest n with n^2 * row_tiles <= gain / 32 * tiles or n * piece_tiles <= tiles, up to max_pieces and tiles / 2; at
+    least 1, but 0 without tiles."""
+    pieces, most = Int32(1) if tiles > 0 else Int32(0), cutlass.min(tiles // 2, max_pieces)
     rows = 32 * cutlass.min(row_tiles, MAX_ROW_TILES)
     while (pieces < most) & ((pieces + 1) * (pieces + 1) * rows <= cutlass.min(tiles, MANY_TILES) * gain):
         pieces += 1

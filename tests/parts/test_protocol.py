@@ -4,7 +4,6 @@ that reads a slot finds in it what it should, or the test fails.  What it models
 
 import random
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 
 import pytest
 
@@ -32,17 +31,11 @@ class Barrier:
 @dataclass
 class Item:
     tiles: int
-    pieces: tuple[int, ...] = ()  # lengths, if it joins several
-
-    def piece_before(self, tile: int) -> int:
-        """the number of the piece that ends with tile - 1; -1: none does"""
-        edges = list(accumulate(self.pieces))
-        return edges.index(tile) if tile in edges else -1
+    pieces: tuple[int, ...] = ()  # lengths, if it gathers them or has several
 
     @property
-    def runs(self) -> list[tuple[int, int]]:
-        """what lies between sums"""
-        return list(pairwise([0, *list(accumulate(self.pieces))[1:]] if self.pieces else [0, self.tiles]))
+    def edges(self) -> list[int]:
+        return [sum(self.pieces[: i + 1]) for i in range(len(self.pieces) - 1)]
 
 
 @dataclass
@@ -51,14 +44,11 @@ class Kernel:
     slots: int
     drawn: random.Random
     signal_tiles: bool = True  # rope_full has a phase for each tile
-    await_sums: bool = True  # SCORE waits for the slots that only VALUE reads,
-    leave_sums: bool = True  # and they are not filled again before it has
-    show_sums: bool = True  # VALUE's stores are fenced before it leaves the next tile
-    late_sums: bool = False  # they land when nothing else can happen
+    await_pieces: bool = True  # SCORE waits for the slots that only VALUE reads,
+    leave_pieces: bool = True  # and they are not filled again before it has
     memory: dict = field(default_factory=dict)
     landing: list = field(default_factory=list)
-    stored: dict = field(default_factory=dict)  # half -> the sum of pieces 0 .. i in the part's slot, as (item, i)
-    shown: dict = field(default_factory=dict)  # likewise, as TMA sees it
+    stored: dict = field(default_factory=dict)
 
     def __post_init__(self):
         make = lambda n, arrivals: [Barrier(arrivals) for _ in range(n)]
@@ -72,15 +62,10 @@ class Kernel:
     def _contents(self):
         for it, item in enumerate(self.items):
             yield "q", it
-            for tile in range(item.tiles):
-                yield "tile", it, tile
-                if item.piece_before(tile + 1) > 0:
-                    yield "sum", it, item.piece_before(tile + 1) - 1
+            yield from (("tile", it, tile) for tile in range(item.tiles))
+            yield from (("piece", it, i) for i in reversed(range(len(item.pieces) - 1)))
 
     # ------------------------------------------------------------------ memory
-    def is_shown(self, content):
-        assert [self.shown.get(half) for half in (0, 1)] == [content[1:]] * 2, f"{content} is not what TMA sees: {self.shown}"
-
     def load(self, place, content, full: Barrier):
         self.memory[place] = None  # (until it lands, there is neither the old nor the new)
         self.landing.append((place, content, full))
@@ -94,8 +79,8 @@ class Kernel:
             return
         if content[0] == "q":
             self.memory["record", content[1] % self.records] = content[1]
-        if content[0] == "sum":
-            self.is_shown(content)
+        if content[0] == "piece":
+            assert len(self.stored.get(content[1:], ())) == BOTH, f"{content} is read before it is stored"
         self.load(("ring", stage), content, self.slot_full[stage])
 
     def feed(self):
@@ -103,7 +88,7 @@ class Kernel:
         if at is None:
             return
         if at[1] == 0:
-            self.load("q tail", at[:1], self.q_tail_full)
+            self.load("q tail", at[0], self.q_tail_full)
         if self.signal_tiles:
             self.load("rope", at, self.rope_full)
 
@@ -120,16 +105,14 @@ class Kernel:
             if self.signal_tiles:
                 yield self.rope_full.passed(parity)
                 self.expect("rope", (it, tile))
-            self.expect("q tail", (it,))
+            self.expect("q tail", it)
 
         def store_p(it, tile, parity):
             yield self.p_empty.passed(parity ^ 1)
             self.memory["p"] = it, tile
             item = self.items[it]
-            if tile + 1 == item.tiles or item.piece_before(tile + 1) >= 0:
+            if tile + 1 == item.tiles or tile + 1 in item.edges:
                 self.memory["inv_sum", it & 1] = it, tile + 1
-            if item.piece_before(tile + 1) >= 0:
-                self.memory["joined"] = it, tile + 1
             self.p_full.arrive()
 
         for it, item in enumerate(self.items):
@@ -139,28 +122,27 @@ class Kernel:
             self.slot_empty[stage].arrive(BOTH)
             stage, phase = self.advance(stage, phase)
             yield self.q_tail_full.passed(it & 1)
-            for first, end in item.runs:
-                yield from scores(it, first, parity)
+            yield from scores(it, 0, parity)
+            self.rope_empty.arrive()
+            stage, phase = self.advance(stage, phase)
+            for tile in range(item.tiles - 1):
+                yield self.slot_full[stage].passed(phase)  # S2
+                yield from store_p(it, tile, parity)
+                yield from scores(it, tile + 1, parity ^ 1)
+                self.pv_go.arrive()
+                yield lambda: True
                 self.rope_empty.arrive()
                 stage, phase = self.advance(stage, phase)
-                for tile in range(first, end - 1):
-                    yield self.slot_full[stage].passed(phase)  # S2
-                    yield from store_p(it, tile, parity)
-                    yield from scores(it, tile + 1, parity ^ 1)
-                    self.pv_go.arrive()
-                    yield lambda: True
-                    self.rope_empty.arrive()
-                    stage, phase = self.advance(stage, phase)
-                    parity ^= 1
-                yield from store_p(it, end - 1, parity)
-                self.pv_go.arrive()
                 parity ^= 1
-                if item.pieces:
-                    if self.await_sums:
-                        yield self.slot_full[stage].passed(phase)
-                    if self.leave_sums:
-                        self.slot_empty[stage].arrive()
-                    stage, phase = self.advance(stage, phase)
+            yield from store_p(it, item.tiles - 1, parity)
+            self.pv_go.arrive()
+            parity ^= 1
+            for _ in range(len(item.pieces) - 1):
+                if self.await_pieces:
+                    yield self.slot_full[stage].passed(phase)
+                if self.leave_pieces:
+                    self.slot_empty[stage].arrive()
+                stage, phase = self.advance(stage, phase)
 
     def value(self, half: int):
         """half 0 feeds, half 1 refills"""
@@ -195,27 +177,22 @@ class Kernel:
                 yield lambda: True
                 self.expect("p", (it, tile))
                 self.expect(("ring", stage), ("tile", it, tile))
-                if self.show_sums:
-                    self.shown[half] = self.stored.get(half)
                 self.p_empty.arrive()
                 yield from leave()
                 stage, phase = self.advance(stage, phase)
                 parity ^= 1
-                piece = item.piece_before(tile + 1)
-                if piece > 0:
-                    yield self.slot_full[stage].passed(phase)
-                    yield lambda: True
-                    self.expect("joined", (it, tile + 1))
-                    self.expect(("ring", stage), ("sum", it, piece - 1))
-                    self.met[half] += 1
-                    if half == 1:
-                        yield lambda mine=self.met[1]: self.met[0] >= mine
-                    yield from leave(arrives=half == 1 or not self.leave_sums)
-                    stage, phase = self.advance(stage, phase)
-                if piece >= 0 and tile + 1 < item.tiles:
+                if tile + 1 in item.edges:
                     yield lambda: True
                     self.expect(("inv_sum", it & 1), (it, tile + 1))
-                    self.stored[half] = it, piece
+                    self.stored.setdefault((it, item.edges.index(tile + 1)), set()).add(half)
+            for i in reversed(range(len(item.pieces) - 1)):
+                yield self.slot_full[stage].passed(phase)
+                self.expect(("ring", stage), ("piece", it, i))
+                self.met[half] += 1
+                mine = self.met[half]
+                yield lambda mine=mine: min(self.met) >= mine
+                yield from leave(arrives=half == 1 or not self.leave_pieces)
+                stage, phase = self.advance(stage, phase)
             if half == 1 and it + 1 < len(self.items):
                 yield self.slot_empty[stage].passed(phase)
                 self.refill(stage)
@@ -230,15 +207,11 @@ class Kernel:
         }
         while waiting:
             ready = [name for name, (_, may_go) in waiting.items() if may_go()]
-            landing = [load for load in self.landing if not (self.late_sums and ready and load[1][:1] == ("sum",))]
-            choices = ready + ["tma"] * bool(landing)
+            choices = ready + ["tma"] * bool(self.landing)
             assert choices, f"dead-lock: {list(waiting)} wait"
             chosen = self.drawn.choice(choices)
             if chosen == "tma":
-                place, content, full = load = self.drawn.choice(landing)
-                self.landing.remove(load)
-                if content[0] == "sum":
-                    self.is_shown(content)
+                place, content, full = self.landing.pop(self.drawn.randrange(len(self.landing)))
                 self.memory[place] = content
                 full.arrive()
                 continue
@@ -267,9 +240,9 @@ def run_some(slots: int, pieces: bool = False, count: int = 150, **options):
 
 
 @pytest.mark.parametrize("slots", [3, 6, 12])
-@pytest.mark.parametrize("options", [{}, {"pieces": True}, {"pieces": True, "late_sums": True}], ids=str)
-def test_every_order_of_the_roles_ends_and_reads_what_it_should(slots, options):
-    run_some(slots, **options)
+@pytest.mark.parametrize("pieces", [False, True])
+def test_every_order_of_the_roles_ends_and_reads_what_it_should(slots, pieces):
+    run_some(slots, pieces)
 
 
 def test_tiles_without_rope_must_be_signalled():
@@ -278,11 +251,8 @@ def test_tiles_without_rope_must_be_signalled():
         run_some(3, signal_tiles=False, count=1000)
 
 
-BROKEN = dict(await_sums=False, leave_sums=False, late_sums=True), dict(leave_sums=False), dict(show_sums=False)
-
-
-@pytest.mark.parametrize("broken", BROKEN, ids=str)
-def test_what_sums_of_pieces_need(broken):
-    """SCORE must see every phase of a slot, or it takes the phase before last for the last, or waits for one that has gone by"""
+@pytest.mark.parametrize("broken", [dict(await_pieces=False, leave_pieces=False), dict(leave_pieces=False)], ids=str)
+def test_score_must_see_every_phase_of_a_slot(broken):
+    """or it takes the phase before last for the last, or waits for one that has gone by"""
     with pytest.raises(AssertionError):
         run_some(3, pieces=True, count=1000, **broken)

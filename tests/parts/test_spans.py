@@ -15,7 +15,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 MAX_BATCH, MAX_PARTS, ITEM_TILES = 100, 140, 3
-PIECE_SIZES = ((1, 1, 48, 2), (32, 1, 48, 3), (32, 32, 1, 2), (32, 32, 1, 12), (32, 9, 1 << 25, 6))  # arguments of num_pieces
+PIECE_SIZES = ((1, 1, 48), (32, 1, 48), (32, 32, 1), (32, 9, 1 << 25))  # (max_pieces, gain, piece_tiles)
 
 
 @cute.jit
@@ -164,8 +164,8 @@ def test_the_twin_tries_as_many_candidates():
 @hypothesis.settings(max_examples=500)
 def test_fixed_pieces_equal_the_twin(native, tiles, row_tiles, sizes):
     """up to the longest request, 2^31 tokens"""
-    max_pieces, gain, piece_tiles, least = sizes
-    config = ScheduleConfig(max_pieces=max_pieces, piece_gain=gain, piece_tiles=piece_tiles, gather_tiles=least)
+    max_pieces, gain, piece_tiles = sizes
+    config = ScheduleConfig(max_pieces=max_pieces, piece_gain=gain, piece_tiles=piece_tiles)
     num = schedule.num_pieces(tiles, row_tiles, config)
     wanted = [num, *(schedule.piece_edge(tiles, num, i) for i in range(num + 1)), *range(num + 1)] if tiles else [0]
     assert native.run_pieces(tiles, row_tiles, sizes) == wanted

@@ -120,7 +120,7 @@ ANOTHER = dict(  # values of fields
     lazy_rescale=0.0,
     max_pieces=32,
     piece_gain=2,
-    gather_tiles=3,
+    runs=1,
     max_batch=100,
 )
 
