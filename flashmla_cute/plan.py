@@ -8,7 +8,7 @@ import torch
 
 from . import checks, compile, heuristics, ops
 from .checks import need
-from .kernels.config import BATCH_INVARIANT, FORMATS, PLAIN, TILE, DecodeOptions, MLAConfig, ScheduleConfig
+from .kernels.config import BATCH_INVARIANT, FORMATS, PLAIN, TILE, DecodeOptions, ScheduleConfig
 from .kernels.parts.work import MERGE, PART, RECORD
 from .kv_cache import PagedKVCache
 from .schedule import num_items, num_slots

@@ -107,31 +107,33 @@ def pack_pieces(tiles: int, pieces: int, first: int, gathers: bool) -> int:
     return -packed if gathers else packed
 
 
-def _on_line(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int, int]:
-    """Where cut p lies before it moves to an edge: request, its tiles, tile (< 0: in the request's own overhead).  No tiles
-    where that is the first request's begin or the last one's end."""
-    batch, total = len(prefix) - 1, prefix[-1]
-    if p == 0 or total == 0:
-        return 0, 0, 0
-    if p >= parts:
-        return batch, 0, 0
-    line = total - item_tiles
-    x = item_tiles + line // parts * p + line % parts * p // parts
-    request = bisect_right(prefix, x, 0, batch) - 1
-    return request, prefix[request + 1] - prefix[request] - item_tiles, x - prefix[request] - item_tiles
+def limit_of(i: int, total: int, max_parts: int, longest: int, item_tiles: int) -> int:
+    """the i-th limit of a part's cost to try, where pieces are fixed"""
+    least, step = (
+        max((total - 1) // max_parts + 1, longest + item_tiles),
+        (longest + 2 * item_tiles) // (NUM_CANDIDATES - 1) + 1,
+    )
+    return least + min(i * step, max(total - least, 0))
 
 
-def piece_cut(prefix: Sequence[int], pieces: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
-    """cut p of 0 .. parts, at the nearest edge of a piece -> (request, tile); pieces: those before a request"""
-    request, tiles, tile = _on_line(prefix, p, parts, item_tiles)
-    if not tiles:
+def last_edge(prefix: Sequence[int], pieces: Sequence[int], x: int, item_tiles: int) -> tuple[int, int]:
+    """(request, tile) of the last edge of a piece that costs no more than x; pieces: those before a request"""
+    request = bisect_right(prefix, x) - 1
+    if request == len(prefix) - 1 or x - prefix[request] <= item_tiles:
         return request, 0
-    num, tile = pieces[request + 1] - pieces[request], max(tile, 0)
-    length, long = tiles // num, tiles % num
-    i = tile // (length + 1) if tile < long * (length + 1) else long + (tile - long * (length + 1)) // length
-    begin, end = piece_edge(tiles, num, i), piece_edge(tiles, num, i + 1)
-    tile = begin if tile - begin < end - tile else end
-    return (request, tile) if tile < tiles else (request + 1, 0)
+    tiles, num = prefix[request + 1] - prefix[request] - item_tiles, pieces[request + 1] - pieces[request]
+    return request, max(edge for edge in _piece_edges(tiles, num) if edge <= x - prefix[request] - item_tiles)
+
+
+def fill_parts(
+    prefix: Sequence[int], pieces: Sequence[int], limit: int, max_parts: int, item_tiles: int
+) -> list[tuple[int, int]]:
+    """the cuts between parts that are filled one after the other up to a limit; the last is not the end if they are too few"""
+    cuts, end = [(0, 0)], (len(prefix) - 1, 0)
+    while cuts[-1] != end and len(cuts) <= max_parts:
+        request, tile = cuts[-1]
+        cuts.append(last_edge(prefix, pieces, min(prefix[request] + tile + limit, prefix[-1]), item_tiles))
+    return cuts
 
 
 def candidate(i: int, max_parts: int, most: int) -> int:
@@ -145,10 +147,16 @@ def candidate(i: int, max_parts: int, most: int) -> int:
 
 def cut(prefix: Sequence[int], p: int, parts: int, item_tiles: int) -> tuple[int, int]:
     """cut p of 0 .. parts -> (request, tile); tile 0: before the request"""
-    request, tiles, tile = _on_line(prefix, p, parts, item_tiles)
-    if not tiles:
-        return request, 0
-    snap = max(min(prefix[-1] // parts // 8, item_tiles), 1)
+    batch, total = len(prefix) - 1, prefix[-1]
+    if p == 0 or total == 0:
+        return 0, 0
+    if p >= parts:
+        return batch, 0
+    line = total - item_tiles
+    x = item_tiles + line // parts * p + line % parts * p // parts
+    request = bisect_right(prefix, x, 0, batch) - 1
+    tiles, tile = prefix[request + 1] - prefix[request] - item_tiles, x - prefix[request] - item_tiles
+    snap = max(min(total // parts // 8, item_tiles), 1)
     if tiles - tile < snap:
         return request + 1, 0
     return (request, tile) if tile >= snap else (request, 0)
@@ -209,20 +217,23 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     pieces = [num_pieces(n, row_tiles, config) for n in tiles]
     first_piece = [0, *accumulate(pieces)]
 
-    def cuts_of(parts):
-        if config.max_pieces:
-            return [piece_cut(prefix, first_piece, p, parts, config.item_tiles) for p in range(parts + 1)]
-        return [cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)]
-
-    def cost(parts):
-        cuts = cuts_of(parts)
+    def cost(cuts):
         split = count_pieces(cuts, pieces if config.max_pieces else None)
         return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + split * row_tiles
 
-    most = prefix[-1] - config.item_tiles
-    parts = min((candidate(i, max_parts, most) for i in range(NUM_CANDIDATES)), key=cost)  # the first of equals
-    cuts = cuts_of(parts) + [(len(tiles), 0)] * (max_parts - parts)
-    inside = [0, *accumulate(int(tile > 0 and (p == 0 or cuts[p - 1] != (r, tile))) for p, (r, tile) in enumerate(cuts))]
+    end, indices = (len(tiles), 0), range(NUM_CANDIDATES)
+    if config.max_pieces:
+        longest = max((-(-n // k) for n, k in zip(tiles, pieces) if n), default=0)
+        limits = (limit_of(i, prefix[-1], max_parts, longest, config.item_tiles) for i in indices)
+        tries = (fill_parts(prefix, first_piece, limit, max_parts, config.item_tiles) for limit in limits)
+        tries = (cuts for cuts in tries if cuts[-1] == end)
+    else:
+        counts = (candidate(i, max_parts, prefix[-1] - config.item_tiles) for i in indices)
+        tries = ([cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)] for parts in counts)
+    cuts = min(tries, key=cost)  # the first of equals
+    parts = len(cuts) - 1
+    cuts += [end] * (max_parts - parts)
+    inside = [0, *accumulate(int(tile > 0) for _, tile in cuts)]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
     if config.max_pieces and not config.runs:  # a piece is an item
         part_begin = [first_piece[r] + (_piece_edges(tiles[r], pieces[r]).index(tile) if tile else 0) for r, tile in cuts]

@@ -244,7 +244,6 @@ class Combine:
                 rO[j] = cute.math.fma(weight, rPiece[j, i].to(Float32), rO[j])
         return above, total
 
-
     @cute.jit
     def _join(self, rO, rPiece, rWeight, log_sum: Float32, pieces: Int32):
         """`pieces` and those to come, with the natural log of their weights, to a sum whose weight has the log2 `log_sum`"""

@@ -294,7 +294,7 @@ class ScheduleConfig:
     tile_cost: int = 40  # a KV tile, in pieces
     max_pieces: int = 0  # of a request cut by its own length alone (batch invariance); 0: cuts where they balance the batch
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
-    piece_tiles: int = 48  # or as many of this length as it holds, if that is more
+    piece_tiles: int = 36  # or as many of this length as it holds, if that is more
     runs: int = 0  # 1: an item may be several pieces, and a request that is one joins its own; 0: a piece is an item
     max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
     num_threads: int = 1024

@@ -3,25 +3,27 @@
 No host sync, a fixed grid, every buffer of a fixed size: a CUDA graph replays it with other lengths.  The steps, each over
 threads, a barrier between them (parts/spans.py has the maths of a cut):
   1  prefix sums over the requests: cost C, and items as far as they are known before the cuts
-  2  warp i tries one number of parts: cost = longest part * tile_cost + split pieces * row tiles; the cheapest wins
-  3  thread p finds cut p; prefix sums over the cuts inside a request number pieces and slots
+  2  warp i tries one number of parts: cost = longest part * tile_cost + split pieces * row tiles; the cheapest wins, and
+     thread p finds its cut p
+  3  prefix sums over the cuts inside a request number pieces and slots
   4  thread r writes request r's first item, thread p the item that begins at cut p, then part p's record
   5  requests to merge (split, or without tokens: their out and lse are written there) are listed for kernels/combine.py
 
 A split piece has a slot for its partial result, those of a request one after the other: one slot for each cut inside a
 request, and one for each request that has such cuts.
 
-With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for.  Cuts move to
-their edges, and the merge keeps to one order.  An item is a piece, each with the slot of its own number, or with
-config.runs a run of pieces: then a request that is not cut is merged by the CTA that has it (parts/pieces.py), over
-one slot of its part's own, and only the pieces of cut requests, of which there are fewer than parts, have slots of theirs.
+With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for.  Cuts lie
+between them: in step 2, warp i fills parts one after the other up to a limit of its own.  The merge keeps to one order.  An
+item is a piece, each with the slot of its own number, or with config.runs a run of pieces: then a request that is not cut is
+merged by the CTA that has it (parts/pieces.py), over one slot of its part's own, and only the pieces of cut requests, of which
+there are fewer than parts, have slots of theirs.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
@@ -29,11 +31,12 @@ from .parts.spans import (
     NUM_CANDIDATES,
     candidate,
     cut,
+    limit_of,
     load_of,
+    next_cut,
     num_pieces,
     pack_pieces,
     piece_at,
-    piece_cut,
     piece_edge,
     upper_bound,
 )
@@ -71,7 +74,8 @@ class Smem:
 class BuildSchedule:
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        self.items_are_pieces = config.max_pieces > 0 and config.runs == 0
+        self.fixed = config.max_pieces > 0
+        self.items_are_pieces = self.fixed and not config.runs
 
     @cute.jit
     def __call__(
@@ -100,8 +104,8 @@ class BuildSchedule:
         smem = self._allocate()
         cute.arch.griddepcontrol_wait()
         self._prefix_sums(args, smem)
-        parts = self._choose_parts(args, smem)
-        self._cuts(args, smem, parts)
+        parts = self._fill_parts(args, smem) if self.fixed else self._choose_parts(args, smem)
+        self._cuts(args, smem)
         # the decode kernel waits for this grid's end, not for this trigger: it only lets its prologue start
         cute.arch.griddepcontrol_launch_dependents()
         self._items(args, smem, parts)
@@ -193,6 +197,17 @@ class BuildSchedule:
         return items
 
     @cute.jit
+    def _max(self, smem: Smem, value: Int32):
+        """over the CTA's threads"""
+        tid, _, _ = cute.arch.thread_idx()
+        value = cute.arch.warp_redux_sync(value, "max")
+        cute.arch.sync_threads()
+        if tid % 32 == 0:
+            smem.warp_sum[tid // 32] = value
+        cute.arch.sync_threads()
+        return cute.arch.warp_redux_sync(smem.warp_sum[tid % 32], "max")
+
+    @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):
         """1"""
         tid, _, _ = cute.arch.thread_idx()
@@ -201,7 +216,7 @@ class BuildSchedule:
         if tid == 0:
             smem.prefix[0] = 0
             smem.items[0] = 0
-            if const_expr(self.config.max_pieces > 0):
+            if const_expr(self.fixed):
                 smem.pieces[0] = 0
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             tiles = self._num_tiles(args, base + tid)
@@ -213,7 +228,7 @@ class BuildSchedule:
                 smem.items[base + tid + 1] = items + count
             cost += cost_sum
             items += item_sum
-            if const_expr(self.config.max_pieces > 0):
+            if const_expr(self.fixed):
                 count, piece_sum = self._scan(smem, self._num_pieces(args, tiles))
                 if base + tid < batch:
                     smem.pieces[base + tid + 1] = pieces + count
@@ -235,70 +250,93 @@ class BuildSchedule:
             pieces += split
         longest = cute.arch.warp_redux_sync(longest, "max")
         pieces = cute.arch.warp_redux_sync(pieces, "add")
+        best = self._cheapest(smem, longest * self.config.tile_cost + pieces * args.row_tiles)
+        parts = candidate(best, max_parts, most)
+        smem.cut_request[tid], smem.cut_tile[tid] = cut(smem.prefix, batch, tid, parts, self.config.item_tiles)
+        return parts
+
+    @cute.jit
+    def _cheapest(self, smem: Smem, cost: Int32) -> Int32:
+        """the first of the candidates, a warp each, with the least cost"""
+        tid, _, _ = cute.arch.thread_idx()
+        lane = tid % 32
         if lane == 0:
-            smem.cost[warp] = longest * self.config.tile_cost + pieces * args.row_tiles
+            smem.cost[tid // 32] = cost
         cute.arch.sync_threads()
         cost = smem.cost[lane]
         least = cute.arch.warp_redux_sync(cost, "min")
-        best = cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
-        return candidate(best, max_parts, most)
+        return cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
 
-    def _cut(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
-        """(request, tile) of cut p"""
-        if self.config.max_pieces:
-            return piece_cut(smem.prefix, smem.pieces, batch, p, parts, self.config.item_tiles)
-        return cut(smem.prefix, batch, p, parts, self.config.item_tiles)
+    @cute.jit
+    def _fill_parts(self, args: Args, smem: Smem) -> Int32:
+        """2 for fixed pieces: each warp tries a limit of a part's cost"""
+        tid, _, _ = cute.arch.thread_idx()
+        batch, max_parts, longest = args.cache_seqlens.shape[0], args.parts.shape[0], Int32(0)
+        for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
+            if self._pieces_of(smem, request) > 0:
+                longest = cutlass.max(longest, (self._num_tiles(args, request) - 1) // self._pieces_of(smem, request) + 1)
+        longest = self._max(smem, longest)
+        limits = smem.prefix[batch], max_parts, longest, self.config.item_tiles
+        _, cost = self._fill(args, smem, limit_of(tid // 32, *limits), False)
+        limit = limit_of(self._cheapest(smem, cost), *limits)
+        smem.cut_request[tid], smem.cut_tile[tid] = batch, Int32(0)
+        cute.arch.sync_threads()
+        if tid < 32:
+            parts, _ = self._fill(args, smem, limit, True)
+            if tid == 0:
+                smem.warp_sum[0] = parts
+        cute.arch.sync_threads()
+        return smem.warp_sum[0]
+
+    @cute.jit
+    def _fill(self, args: Args, smem: Smem, limit: Int32, keep: Constexpr[bool]):
+        """parts one after the other, as full as the limit allows: how many, and their cost (too many: the largest int)"""
+        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.parts.shape[0], self.config.item_tiles
+        request, tile, parts, longest, pieces = (Int32(0) for _ in range(5))
+        while (request < batch) & (parts < max_parts):
+            if const_expr(keep):
+                smem.cut_request[parts], smem.cut_tile[parts] = request, tile
+            request, tile, load, split = next_cut(smem.prefix, smem.pieces, batch, request, tile, limit, item_tiles)
+            parts, longest, pieces = parts + 1, cutlass.max(longest, load), pieces + split
+        cost = longest * self.config.tile_cost + pieces * args.row_tiles
+        return parts, cost if request == batch else Int32(0x7FFFFFFF)
 
     @cute.jit
     def _part_cost(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
         """tiles of part p, and what it adds to the number of split pieces"""
         pieces = Int32(0)
-        request, tile = self._cut(smem, batch, p, parts)
-        next_request, next_tile = self._cut(smem, batch, p + 1, parts)
+        request, tile = cut(smem.prefix, batch, p, parts, self.config.item_tiles)
+        next_request, next_tile = cut(smem.prefix, batch, p + 1, parts, self.config.item_tiles)
         load = load_of(smem.prefix, request, tile, next_request, next_tile, self.config.item_tiles)
-        first = (next_tile > 0) & ((next_request != request) | (tile == 0))
-        if const_expr(self.config.max_pieces > 0):  # a cut makes all of a request's pieces partial results
-            if first:
-                pieces = smem.pieces[next_request + 1] - smem.pieces[next_request]
-        else:
-            if tile > 0:
-                pieces += 1  # begins at a cut
-            if first:
-                pieces += 1  # a request's first piece ends at the next cut
+        if tile > 0:
+            pieces += 1  # begins at a cut
+        if (next_tile > 0) & ((next_request != request) | (tile == 0)):
+            pieces += 1  # a request's first piece ends at the next cut
         return load, pieces
 
     @cute.jit
-    def _cuts(self, args: Args, smem: Smem, parts: Int32):
+    def _cuts(self, args: Args, smem: Smem):
         """3"""
         p, _, _ = cute.arch.thread_idx()
-        batch = args.cache_seqlens.shape[0]
-        request, tile = self._cut(smem, batch, p, parts)
-        smem.cut_request[p] = request
-        smem.cut_tile[p] = tile
         cute.arch.sync_threads()
+        request, tile = smem.cut_request[p], smem.cut_tile[p]
         inside, first = Int32(0), Int32(0)
         if tile > 0:
             inside, first = Int32(1), Int32(1)
             if smem.cut_request[p - 1] == request:
                 if smem.cut_tile[p - 1] > 0:
                     first = Int32(0)
-                if smem.cut_tile[p - 1] == tile:  # (fixed pieces: several cuts may have moved to one edge)
-                    inside = Int32(0)
-        if const_expr(self.config.max_pieces > 0):  # a cut makes all of a request's pieces partial results
+        if const_expr(self.fixed):  # a cut makes all of a request's pieces partial results
             if first > 0:
                 first = self._pieces_of(smem, request)
         sums, _ = self._scan(smem, inside + first * (1 << 16))
         through, split = sums & 0xFFFF, sums >> 16
-        smem.inside[p] = through - inside
-        smem.begin[p] = smem.items[request] + through
-        if const_expr(self.config.max_pieces == 0):
-            smem.slot[p] = through - inside + split
-        else:
+        smem.inside[p], smem.begin[p], smem.slot[p] = through - inside, smem.items[request] + through, through - inside + split
+        if const_expr(self.fixed):
             piece = self._piece_at(args, smem, request, tile)
             if tile > 0:
                 smem.slot[p] = args.parts.shape[0] + split - self._pieces_of(smem, request) + piece
-            if const_expr(self.items_are_pieces):
-                smem.begin[p] = smem.items[request] + piece
+            smem.begin[p] = smem.items[request] + (piece if self.items_are_pieces else through)
         cute.arch.sync_threads()
 
     def _pieces_of(self, smem: Smem, request: Int32):
@@ -311,21 +349,15 @@ class BuildSchedule:
             piece = piece_at(self._num_tiles(args, request), self._pieces_of(smem, request), tile)
         return piece
 
-    @cute.jit
-    def _first_slot(self, args: Args, smem: Smem, p: Int32) -> Int32:
+    def _first_slot(self, args: Args, smem: Smem, p: Int32):
         """of a request, from its first cut p"""
-        slot = smem.slot[p] - 1
-        if const_expr(self.config.max_pieces > 0):
-            slot = smem.slot[p] - self._piece_at(args, smem, smem.cut_request[p], smem.cut_tile[p])
-        return slot
+        if self.fixed:
+            return smem.slot[p] - self._piece_at(args, smem, smem.cut_request[p], smem.cut_tile[p])
+        return smem.slot[p] - 1
 
-    @cute.jit
     def _items(self, args: Args, smem: Smem, parts: Int32):
         """4"""
-        if const_expr(self.items_are_pieces):
-            self._all_pieces(args, smem)
-        else:
-            self._runs(args, smem, parts)
+        self._all_pieces(args, smem) if self.items_are_pieces else self._runs(args, smem, parts)
 
     @cute.jit
     def _all_pieces(self, args: Args, smem: Smem):
@@ -351,20 +383,15 @@ class BuildSchedule:
                 end, slot = tiles, Int32(-1)
                 if is_split:
                     end, slot = smem.cut_tile[p], self._first_slot(args, smem, p)
-                elif const_expr(self.config.max_pieces > 0):
+                elif const_expr(self.fixed):
                     if self._pieces_of(smem, request) > 1:
                         slot = p - 1  # the part's own
                 self._write(args, smem, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
         if (tid > 0) & (tid < parts):
             request, tile = smem.cut_request[tid], smem.cut_tile[tid]
-            same = (smem.cut_request[tid - 1] == request) & (smem.cut_tile[tid - 1] == tile)
-            if (tile > 0) & ~same:
-                p = tid + 1
-                if const_expr(self.config.max_pieces > 0):
-                    while (smem.cut_request[p] == request) & (smem.cut_tile[p] == tile):
-                        p += 1
-                ends_inside = smem.cut_request[p] == request
-                end = smem.cut_tile[p] if ends_inside else self._num_tiles(args, request)
+            if tile > 0:
+                ends_inside = smem.cut_request[tid + 1] == request
+                end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
                 self._write(args, smem, smem.items[request] + smem.inside[tid] + 1, (request, tile, end, smem.slot[tid]))
 
     @cute.jit
@@ -391,9 +418,7 @@ class BuildSchedule:
     @cute.jit
     def _write(self, args: Args, smem: Smem, item: Int32, record):
         request, first, end, slot = record
-        pieces = Int32(0)
-        if const_expr(self.config.runs > 0):
-            pieces = self._run(args, smem, request, first, end)
+        pieces = self._run(args, smem, request, first, end) if self.config.runs else Int32(0)
         length = self._length(args, request)
         unseen = self._first_tile(args, length)
         queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
@@ -432,7 +457,7 @@ class BuildSchedule:
             listed += num
         if tid == 0:
             args.merges[0, 0] = listed
-            args.merges[0, 1] = 1 if const_expr(self.config.max_pieces > 0) else MERGE_GROUPS
+            args.merges[0, 1] = 1 if const_expr(self.fixed) else MERGE_GROUPS
 
     @cute.jit
     def _pieces(self, args: Args, smem: Smem, request: Int32, parts: Int32):
@@ -444,11 +469,8 @@ class BuildSchedule:
             if const_expr(self.items_are_pieces):
                 first_slot = smem.pieces[request]
             elif is_split:
-                first_slot = self._first_slot(args, smem, p)
-                if const_expr(self.config.max_pieces > 0):
-                    pieces = self._pieces_of(smem, request)
-                else:
-                    pieces = upper_bound(smem.cut_request, parts, request) - p + 1
+                first_slot, cuts = self._first_slot(args, smem, p), upper_bound(smem.cut_request, parts, request) - p
+                pieces = self._pieces_of(smem, request) if self.fixed else cuts + 1
         return pieces, first_slot
 
 

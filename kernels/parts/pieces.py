@@ -109,7 +109,7 @@ class FixedPieces:
                 sRow, factor = self.joined[fragment_row(tid) + 8 * r, None], Float32(1.0)
                 if const_expr(self.sink is not None):
                     _, head, exists = rows.locate(fragment_row(tid) + 8 * r)
-                    if exists & ~last:
+                    if exists:
                         factor = sink_share(sRow[SUM], self.sink[head])
                 sRow[FACTOR] = factor
 
@@ -122,7 +122,9 @@ class FixedPieces:
                 inv_sum = of_rows(self.inv_sum[None, it & 1])
                 if item.pieces < 0:
                     shares = of_rows(self.joined[None, SUM_SHARE]), of_rows(self.joined[None, PIECE_SHARE])
-                    join_sum(half, rO, inv_sum, shares, self.result.o_split[item.slot, None, None, None], rows, piece.joins, last)
+                    join_sum(
+                        half, rO, inv_sum, shares, self.result.o_split[item.slot, None, None, None], rows, piece.joins, last
+                    )
                 elif ~last:
                     store_item_o(self.config, half, rO, inv_sum, self.result, replace(item, slot=piece.slot), rows)
                 if ~last:
@@ -157,8 +159,8 @@ class _Sums:
 
 @cute.jit
 def join_sum(half: Constexpr[int], rO, inv_sum, shares, gSum, rows, joins: Boolean, last: Boolean):
-    """rO = a piece, normalised and rounded to f16, and the sum before it, by their shares (of the sum, of the piece); unless it is
-    the last one also -> gSum (token, head, column), whose columns are in an order of their own within 16-byte vectors."""
+    """rO = a piece, normalised and rounded to f16, and the sum of those before it, by their shares (of the sum, of the piece);
+    but for the last piece also -> gSum (token, head, column), whose columns are in an order of their own."""
     tid, (sum_share, piece_share) = thread_in_warpgroup(), shares
     rPair = cute.make_rmem_tensor(2, Float16)
     word = cute.recast_tensor(rPair, Int32)

@@ -6,8 +6,8 @@ n parts, cut p lies at x = item_tiles + p * (total - item_tiles) / n on that lin
 item_tiles once more: in tile x - C[r] - item_tiles of the request r that holds x.  A cut that would leave a piece shorter than
 `snap` moves to the request's edge.  Tile 0 means "before request r": nothing is split there.
 
-Batch-invariant schedules cut a request by its own length alone, into num_pieces(..) pieces that differ by one tile at most;
-cut p moves to the nearest edge of one of them.
+Batch-invariant schedules cut a request by its own length alone, into num_pieces(..) pieces that differ by one tile at most.
+Their edges are too far apart for cuts at equal distances: a part takes pieces up to a limit, and the limit is chosen.
 """
 
 import cutlass
@@ -105,24 +105,57 @@ def piece_at(tiles: Int32, pieces: Int32, tile: Int32) -> Int32:
 
 
 @cute.jit
-def piece_cut(prefix: cute.Tensor, before: cute.Tensor, batch: Int32, p: Int32, parts: Int32, item_tiles: Constexpr[int]):
-    """as `cut`, but at the nearest edge of a piece; before: pieces before a request"""
-    total = prefix[batch]
-    request, tile = batch, Int32(0)
-    if (p < parts) & (total > 0):
-        line = total - item_tiles
-        x = item_tiles + line // parts * p + line % parts * p // parts
-        request = upper_bound(prefix, batch, x) - 1
-        tiles, pieces = prefix[request + 1] - prefix[request] - item_tiles, before[request + 1] - before[request]
-        tile = cutlass.max(x - prefix[request] - item_tiles, 0)
-        i = piece_at(tiles, pieces, tile)
-        begin, end = piece_edge(tiles, pieces, i), piece_edge(tiles, pieces, i + 1)
-        tile = begin if tile - begin < end - tile else end
-        if tile >= tiles:
-            request, tile = request + 1, Int32(0)
-    if (p == 0) | (total == 0):
-        request, tile = Int32(0), Int32(0)
-    return request, tile
+def limit_of(i: Int32, total: Int32, max_parts: Int32, longest: Int32, item_tiles: Constexpr[int]) -> Int32:
+    """The i-th limit of a part's cost to try.  The last one suffices: every part but the last has more than the limit less the
+    longest piece and two times item_tiles."""
+    least = cutlass.max((total - 1) // max_parts + 1, longest + item_tiles)
+    return least + cutlass.min(i * ((longest + 2 * item_tiles) // (NUM_CANDIDATES - 1) + 1), cutlass.max(total - least, 0))
+
+
+@cute.jit
+def last_edge(prefix: cute.Tensor, before: cute.Tensor, batch: Int32, request: Int32, x: Int32, item_tiles: Constexpr[int]):
+    """(request, tile) of the last edge of a piece that costs x at most, from `request` on; before: pieces before a request"""
+    low, step = request, Int32(1)
+    while (low + step <= batch) & (prefix[cutlass.min(low + step, batch)] <= x):  # doubling steps: it is near
+        low, step = low + step, step * 2
+    high = cutlass.min(low + step, batch + 1)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if prefix[middle] <= x:
+            low = middle
+        else:
+            high = middle
+    tile = Int32(0)
+    if low < batch:
+        budget = x - prefix[low] - item_tiles
+        if budget > 0:
+            tiles, pieces = prefix[low + 1] - prefix[low] - item_tiles, before[low + 1] - before[low]
+            tile = piece_edge(tiles, pieces, piece_at(tiles, pieces, budget))
+    return low, tile
+
+
+@cute.jit
+def next_cut(
+    prefix: cute.Tensor,
+    before: cute.Tensor,
+    batch: Int32,
+    request: Int32,
+    tile: Int32,
+    limit: Int32,
+    item_tiles: Constexpr[int],
+):
+    """The cut behind the one at (request, tile), so that the part between them costs `limit` at most, that cost, and how many
+    partial results it adds: a cut inside a request makes all of its pieces partial results."""
+    start = prefix[request] + tile  # (a part that begins inside a request pays item_tiles once more)
+    next_request, next_tile = last_edge(
+        prefix, before, batch, request, start + cutlass.min(limit, prefix[batch] - start), item_tiles
+    )
+    end, split = prefix[next_request], Int32(0)
+    if next_tile > 0:
+        end += next_tile + item_tiles
+        if (next_request != request) | (tile == 0):
+            split = before[next_request + 1] - before[next_request]
+    return next_request, next_tile, end - start, split
 
 
 @cute.jit

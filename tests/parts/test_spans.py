@@ -1,5 +1,7 @@
 """kernels/parts/spans.py, run natively on the CPU, against its twin in flashmla_cute/schedule.py."""
 
+from itertools import pairwise
+
 import cutlass
 import cutlass.cute as cute
 import pytest
@@ -40,10 +42,20 @@ def upper_bounds(prefix: cute.Tensor, out: cute.Tensor, count: Int32):
 
 
 @cute.jit
-def all_piece_cuts(prefix: cute.Tensor, items: cute.Tensor, out: cute.Tensor, batch: Int32, parts: Int32):
-    """out[p] = (request, tile) of cut p"""
-    for p in cutlass.range(parts + 1):
-        out[p, 0], out[p, 1] = spans.piece_cut(prefix, items, batch, p, parts, ITEM_TILES)
+def filled_parts(prefix: cute.Tensor, pieces: cute.Tensor, out: cute.Tensor, batch: Int32, limit: Int32):
+    """out[p] = (request, tile) of cut p, cost of part p, partial results that it adds"""
+    request, tile, cost, split = Int32(0), Int32(0), Int32(0), Int32(0)
+    for p in cutlass.range(out.shape[0]):
+        out[p, 0], out[p, 1] = request, tile
+        if request < batch:
+            request, tile, cost, split = spans.next_cut(prefix, pieces, batch, request, tile, limit, ITEM_TILES)
+            out[p, 2], out[p, 3] = cost, split
+
+
+@cute.jit
+def all_limits(out: cute.Tensor, total: Int32, max_parts: Int32, longest: Int32):
+    for i in cutlass.range(spans.NUM_CANDIDATES):
+        out[i] = spans.limit_of(i, total, max_parts, longest, ITEM_TILES)
 
 
 @cute.jit
@@ -65,7 +77,7 @@ class Native:
 
     def __init__(self):
         self.prefix, self._prefix = int32(MAX_BATCH + 1)
-        self.cuts, self._cuts = int32(MAX_PARTS + 1, 3)
+        self.cuts, self._cuts = int32(MAX_PARTS + 1, 4)
         self.candidates, self._candidates = int32(spans.NUM_CANDIDATES)
         self.bounds, self._bounds = int32(64)
         self.items, self._items = int32(MAX_BATCH + 1)
@@ -77,7 +89,8 @@ class Native:
             for item_tiles in (0, 1, 3, 5)
         }
 
-        self._run_piece_cuts = cute.compile(all_piece_cuts, self._prefix, self._items, self._cuts, Int32(1), Int32(1))
+        self._run_fill = cute.compile(filled_parts, self._prefix, self._items, self._cuts, Int32(1), Int32(1))
+        self._run_limits = cute.compile(all_limits, self._candidates, Int32(1), Int32(1), Int32(1))
         self._run_pieces = {sizes: cute.compile(pieces_of, self._pieces, Int32(1), Int32(1), sizes) for sizes in PIECE_SIZES}
 
     def run_cuts(self, prefix, parts, item_tiles):
@@ -85,11 +98,17 @@ class Native:
         self._run_cuts[item_tiles](self._prefix, self._cuts, len(prefix) - 1, parts)
         return self.cuts[: parts + 1, :2].tolist(), self.cuts[:parts, 2].tolist()
 
-    def run_piece_cuts(self, prefix, items, parts):
+    def run_fill(self, prefix, pieces, limit, parts):
+        """cuts, costs, partial results"""
         self.prefix[: len(prefix)] = torch.tensor(prefix, dtype=torch.int32)
-        self.items[: len(items)] = torch.tensor(items, dtype=torch.int32)
-        self._run_piece_cuts(self._prefix, self._items, self._cuts, len(prefix) - 1, parts)
-        return self.cuts[: parts + 1, :2].tolist()
+        self.items[: len(pieces)] = torch.tensor(pieces, dtype=torch.int32)
+        self._run_fill(self._prefix, self._items, self._cuts, len(prefix) - 1, limit)
+        cuts = [tuple(cut) for cut in self.cuts[: parts + 1, :2].tolist()]
+        return cuts, self.cuts[:parts, 2].tolist(), self.cuts[:parts, 3].tolist()
+
+    def run_limits(self, total, max_parts, longest):
+        self._run_limits(self._candidates, total, max_parts, longest)
+        return self.candidates.tolist()
 
     def run_pieces(self, tiles, row_tiles, sizes):
         self._run_pieces[sizes](self._pieces, tiles, row_tiles)
@@ -173,26 +192,41 @@ def test_fixed_pieces_equal_the_twin(native, tiles, row_tiles, sizes):
 
 @st.composite
 def fixed_batches(draw):
-    """(prefix, items, parts) of requests in 1 .. 32 pieces"""
+    """(prefix, pieces before a request, most tiles of a piece, parts) of requests in 1 .. 32 pieces"""
     tiles = draw(st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(1, 100_000)), min_size=1, max_size=MAX_BATCH))
-    prefix, items = [0], [0]
+    prefix, pieces, longest = [0], [0], 0
     for n in tiles:
-        pieces = draw(st.integers(1, min(n, 32))) if n else 0
+        num = draw(st.integers(1, min(n, 32))) if n else 0
         prefix.append(prefix[-1] + (n + ITEM_TILES if n else 0))
-        items.append(items[-1] + pieces)
-    return prefix, items, draw(st.integers(1, MAX_PARTS))
+        pieces.append(pieces[-1] + num)
+        longest = max(longest, -(-n // num) if n else 0)
+    return prefix, pieces, longest, draw(st.integers(1, MAX_PARTS))
+
+
+@hypothesis.given(batch=fixed_batches(), i=st.integers(0, spans.NUM_CANDIDATES - 1))
+@hypothesis.settings(max_examples=500)
+def test_filled_parts_equal_the_twin(native, batch, i):
+    prefix, pieces, longest, parts = batch
+    limits = [schedule.limit_of(k, prefix[-1], parts, longest, ITEM_TILES) for k in range(spans.NUM_CANDIDATES)]
+    assert native.run_limits(prefix[-1], parts, longest) == limits == sorted(limits)
+    wanted = schedule.fill_parts(prefix, pieces, limits[i], parts, ITEM_TILES)
+    cuts, costs, split = native.run_fill(prefix, pieces, limits[i], len(wanted) - 1)
+    assert cuts == wanted and costs == schedule.part_loads(prefix, wanted, ITEM_TILES)
+    assert max(costs) <= limits[i] and wanted == sorted(set(wanted))
+    assert sum(split) == schedule.count_pieces(wanted, [end - begin for begin, end in pairwise(pieces)])
 
 
 @hypothesis.given(batch=fixed_batches())
-@hypothesis.settings(max_examples=500)
-def test_piece_cut_equals_the_twin(native, batch):
-    prefix, items, parts = batch
-    cuts = [schedule.piece_cut(prefix, items, p, parts, ITEM_TILES) for p in range(parts + 1)]
-    assert native.run_piece_cuts(prefix, items, parts) == [list(cut) for cut in cuts]
-    assert cuts == sorted(cuts) and cuts[0] == (0, 0)
+def test_the_last_limit_suffices(batch):
+    prefix, pieces, longest, parts = batch
+    limit = schedule.limit_of(spans.NUM_CANDIDATES - 1, prefix[-1], parts, longest, ITEM_TILES)
+    assert schedule.fill_parts(prefix, pieces, limit, parts, ITEM_TILES)[-1] == (len(prefix) - 1, 0)
 
 
-def test_piece_cut_does_not_overflow(native):
-    prefix, items = [0, 2**31 - 1], [0, 32]
-    wanted = [list(schedule.piece_cut(prefix, items, p, MAX_PARTS, ITEM_TILES)) for p in range(MAX_PARTS + 1)]
-    assert native.run_piece_cuts(prefix, items, MAX_PARTS) == wanted
+def test_filled_parts_do_not_overflow(native):
+    prefix, pieces, longest = [0, 2**31 - 1], [0, 32], 2**26
+    for parts in (1, 2, MAX_PARTS):
+        limits = native.run_limits(prefix[-1], parts, longest)
+        assert limits == [schedule.limit_of(i, prefix[-1], parts, longest, ITEM_TILES) for i in range(spans.NUM_CANDIDATES)]
+        wanted = schedule.fill_parts(prefix, pieces, limits[-1], parts, ITEM_TILES)
+        assert wanted[-1] == (1, 0) and native.run_fill(prefix, pieces, limits[-1], len(wanted) - 1)[0] == wanted
