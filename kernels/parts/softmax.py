@@ -80,8 +80,8 @@ def piece_weight(lse: Float32, all_log2: Float32):
 
 @cute.jit
 def join_pieces(log_sum: Float32, lse: Float32):
-    """Of a sum of pieces, whose weight has the log2 `log_sum` (-inf: none yet), and another piece: log2 of both their weight, and
-    the share of each in it.  The same bits in both kernels that ask: only `piece_weight` adds to a product, and fuses it."""
+    """A sum of pieces, whose weight has the log2 `log_sum` (-inf: none yet), and another piece -> log2 of their weight together,
+    and the share of each.  The same bits in both kernels that ask: only `piece_weight` adds to a product, and fuses it."""
     most = cute.arch.fmax(cute.arch.fmax(log_sum, lse * LOG2_E), M_INIT)
     of_sum, of_piece = cute.math.exp2(log_sum - most, fastmath=True), piece_weight(lse, most)
     total, inverse = of_sum + of_piece, Float32(0.0)
