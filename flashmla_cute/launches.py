@@ -19,7 +19,8 @@ from .kernels.parts.tiles import BLOCK
 
 EIATTR_KPARAM_INFO, EIATTR_REQNTID = 0x17, 0x10
 DECODE = {"DenseDecode": dense_decode, "Fp8Decode": fp8_decode, "UpcastDecode": upcast_decode}
-MODULES = {**DECODE, "Combine": combine, "BuildSchedule": schedule, "Append": append}
+SCHEDULE = {"BuildSchedule": schedule, "BuildFixedSchedule": schedule}
+MODULES = {**DECODE, "Combine": combine, **SCHEDULE, "Append": append}
 SCALARS = {"i32": ("i32", 4), "i64": ("i64", 8), "f32": ("f32", 4), "ptr": ("pointer", 8), "ptr<1>": ("pointer", 8)}
 TENSOR_MAP_TYPE = "array<16 x i64>"
 ATTRIBUTES = {2: "cooperative", 6: "programmatic_stream_serialization"}  # of cudaLaunchAttributeID
@@ -29,7 +30,7 @@ GRIDS = {
     "Combine": f"x: any; best ceil(w / {combine.WARPS}), w = min(max(u, min({combine.MERGE_GROUPS} u, {combine.SPREAD} SMs)), "
     f"{combine.CTAS_PER_SM * combine.WARPS} SMs), u = batch * query tokens * heads * 2 with float16 partials (* 4 with "
     "float32); y, z: 1",
-    "BuildSchedule": "one CTA",
+    **dict.fromkeys(SCHEDULE, "one CTA"),
     "Append": f"x: ceil(tokens * kv heads / {append.WARPS}); y, z: 1",
 }
 LAUNCH_ATTRIBUTE = re.escape("!llvm.struct<(i32, array<4 x i8>, array<64 x i8>)>")

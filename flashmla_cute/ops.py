@@ -4,7 +4,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from .kernels import append, combine, dense_decode, fp8_decode, schedule, upcast_decode
+from .kernels import append, combine, dense_decode, fixed_schedule, fp8_decode, schedule, upcast_decode
 from .kernels.config import Fp8AppendConfig, Fp8Config, MLAConfig, ScheduleConfig, UpcastConfig
 
 
@@ -117,6 +117,10 @@ class Fp8DecodeOp:
         return (*inputs, *result, Float32(1), Int32(1), own.q_rope, fake.sink, scales.kv, scales.q, _stream())
 
 
+def _schedule_of(config: ScheduleConfig):
+    return fixed_schedule.BuildFixedSchedule(config) if config.max_pieces else schedule.BuildSchedule(config)
+
+
 class ScheduleOp:
     """lengths -> spans of work; once a step"""
 
@@ -127,7 +131,7 @@ class ScheduleOp:
 
     @cute.jit
     def __call__(self, cache_seqlens, items, parts, merges, row_tiles: Int32, max_tokens: Int32, reach: Int32, stream):
-        schedule.BuildSchedule(self.config)(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, stream)
+        _schedule_of(self.config)(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, stream)
 
     def fake_args(self):
         return (*schedule.fake_args(self.config), Int32(1), Int32(1), Int32(1), _stream())
@@ -145,7 +149,7 @@ class RaggedScheduleOp:
     def __call__(
         self, cache_seqlens, cu_seqlens_q, items, parts, merges, row_tiles: Int32, max_tokens: Int32, reach: Int32, stream
     ):
-        build = schedule.BuildSchedule(self.config)
+        build = _schedule_of(self.config)
         build(cache_seqlens, items, parts, merges, row_tiles, max_tokens, reach, stream, cu_seqlens_q)
 
     def fake_args(self):

@@ -125,15 +125,14 @@ def last_edge(prefix: Sequence[int], pieces: Sequence[int], x: int, item_tiles: 
     return request, max(edge for edge in _piece_edges(tiles, num) if edge <= x - prefix[request] - item_tiles)
 
 
-def fill_parts(
-    prefix: Sequence[int], pieces: Sequence[int], limit: int, max_parts: int, item_tiles: int
-) -> list[tuple[int, int]]:
-    """the cuts between parts that are filled one after the other up to a limit; the last is not the end if they are too few"""
-    cuts, end = [(0, 0)], (len(prefix) - 1, 0)
-    while cuts[-1] != end and len(cuts) <= max_parts:
-        request, tile = cuts[-1]
-        cuts.append(last_edge(prefix, pieces, min(prefix[request] + tile + limit, prefix[-1]), item_tiles))
-    return cuts
+def next_cut(prefix: Sequence[int], pieces: Sequence[int], place: int, tile: int, limit: int, item_tiles: int):
+    """The cut behind the one at (place, tile), as far as `limit` reaches; what the part between costs; and how many partial
+    results it adds: a cut inside a request makes all of its pieces partial results."""
+    start = prefix[place] + tile  # (a part that begins inside a request pays item_tiles once more)
+    next_place, next_tile = last_edge(prefix, pieces, min(start + limit, prefix[-1]), item_tiles)
+    end = prefix[next_place] + (next_tile + item_tiles if next_tile else 0)
+    splits = next_tile > 0 and (next_place != place or tile == 0)
+    return next_place, next_tile, end - start, pieces[next_place + 1] - pieces[next_place] if splits else 0
 
 
 def candidate(i: int, max_parts: int, most: int) -> int:
@@ -168,16 +167,11 @@ def part_loads(prefix: Sequence[int], cuts: Sequence[tuple[int, int]], item_tile
     return [at[p + 1] - at[p] + (item_tiles if cuts[p][1] else 0) for p in range(len(cuts) - 1)]
 
 
-def count_pieces(cuts: Sequence[tuple[int, int]], fixed: Sequence[int] | None = None) -> int:
-    """Split pieces: one behind every cut inside a request, and one before a request's first.  fixed: how many each request has
-    where any cut makes all of them partial results."""
+def count_pieces(cuts: Sequence[tuple[int, int]]) -> int:
+    """split pieces: one behind every cut inside a request, and one before a request's first"""
     pieces = 0
     for (request, tile), (next_request, next_tile) in pairwise(cuts):
-        first = next_tile > 0 and (next_request != request or tile == 0)
-        if fixed is None:
-            pieces += (tile > 0) + first
-        elif first:
-            pieces += fixed[next_request]
+        pieces += (tile > 0) + (next_tile > 0 and (next_request != request or tile == 0))
     return pieces
 
 
@@ -197,7 +191,7 @@ def build_schedule(
     seqlens = [min(max(n, 0), max_tokens) for n in lengths]
     unseen = [max(n - reach, 0) // TILE for n in seqlens]  # tiles
     tiles = [-(-n // TILE) - first for n, first in zip(seqlens, unseen)]
-    made = _build(tiles, seqlens, row_tiles, max_parts, config)
+    made = (_build_fixed if config.max_pieces else _build)(tiles, seqlens, row_tiles, max_parts, config)
     shifted = (replace(item, first=item.first + unseen[item.batch], end=item.end + unseen[item.batch]) for item in made.items)
     return replace(made, items=tuple(shifted))
 
@@ -214,60 +208,88 @@ def _ragged(lengths, row_tiles, max_parts, config, max_tokens, reach, cu_seqlens
 def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     prefix = [0, *accumulate(n + config.item_tiles * (n > 0) for n in tiles)]
     filled = [0, *accumulate(int(n > 0) for n in tiles)]
-    pieces = [num_pieces(n, row_tiles, config) for n in tiles]
-    first_piece = [0, *accumulate(pieces)]
 
     def cost(cuts):
-        split = count_pieces(cuts, pieces if config.max_pieces else None)
-        return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + split * row_tiles
+        return max(part_loads(prefix, cuts, config.item_tiles)) * config.tile_cost + count_pieces(cuts) * row_tiles
 
-    end, indices = (len(tiles), 0), range(NUM_CANDIDATES)
-    if config.max_pieces:
-        longest = max((-(-n // k) for n, k in zip(tiles, pieces) if n), default=0)
-        limits = (limit_of(i, prefix[-1], max_parts, longest, config.item_tiles) for i in indices)
-        tries = (fill_parts(prefix, first_piece, limit, max_parts, config.item_tiles) for limit in limits)
-        tries = (cuts for cuts in tries if cuts[-1] == end)
-    else:
-        counts = (candidate(i, max_parts, prefix[-1] - config.item_tiles) for i in indices)
-        tries = ([cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)] for parts in counts)
+    counts = (candidate(i, max_parts, prefix[-1] - config.item_tiles) for i in range(NUM_CANDIDATES))
+    tries = ([cut(prefix, p, parts, config.item_tiles) for p in range(parts + 1)] for parts in counts)
     cuts = min(tries, key=cost)  # the first of equals
     parts = len(cuts) - 1
-    cuts += [end] * (max_parts - parts)
+    cuts += [(len(tiles), 0)] * (max_parts - parts)
     inside = [0, *accumulate(int(tile > 0) for _, tile in cuts)]
     part_begin = [filled[request] + inside[p + 1] for p, (request, _) in enumerate(cuts)]
-    if config.max_pieces and not config.runs:  # a piece is an item
-        part_begin = [first_piece[r] + (_piece_edges(tiles[r], pieces[r]).index(tile) if tile else 0) for r, tile in cuts]
-    part_of = [bisect_right(cuts[: parts + 1], (request, 0)) - 1 for request in range(len(tiles))]
-    items, merges, next_slot = [], [], max_parts if config.runs else 0
+    items, merges, next_slot = [], [], 0
     for request, n in enumerate(tiles):
         edges = [0, *sorted({tile for r, tile in cuts[1:parts] if r == request and tile > 0}), n]
-        whole, num, seqlen = len(edges) == 2, pieces[request], seqlens[request]
+        num, seqlen = len(edges) - 1, seqlens[request]
         if not n:
             merges.append(Merge(request, 0, 0))
-        elif num > 1 and whole and config.runs:
-            items.append(Item(request, 0, n, part_of[request], seqlen, pieces=pack_pieces(n, num, 0, True)))
-        elif num > 1:
-            edges, slot = (edges, next_slot) if config.runs else (_piece_edges(n, num), first_piece[request])
-            items += [_run(Item(request, a, b, slot, seqlen), n, num) for a, b in pairwise(edges)]
-            merges.append(Merge(request, slot, num))
-            next_slot += num
-        elif whole:
+        elif num == 1:
             items.append(Item(request, 0, n, -1, seqlen))
         else:
-            num = len(edges) - 1
             items += [Item(request, a, b, next_slot + i, seqlen) for i, (a, b) in enumerate(pairwise(edges))]
             merges.append(Merge(request, next_slot, num))
             next_slot += num
     return Schedule(tuple(items), tuple(part_begin), tuple(merges), parts)
 
 
+# ---------------------------------------------------------------------- fixed pieces
+def _build_fixed(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
+    """Requests in another order: long ones, of several pieces, short ones, those without tokens.  Parts are filled up to a
+    limit, with pieces of long requests, then whole short ones."""
+    pieces = [num_pieces(n, row_tiles, config) for n in tiles]
+    order = sorted(range(len(tiles)), key=lambda request: 0 if pieces[request] > 1 else 2 - pieces[request])
+    longs, filled = sum(n > 1 for n in pieces), sum(n > 0 for n in pieces)
+    prefix = [0, *accumulate(tiles[r] + config.item_tiles * (tiles[r] > 0) for r in order)]
+    before = [0, *accumulate(pieces[r] for r in order)]
+
+    def fill(limit):
+        """(place, tile, first short place) where each part begins, the longest part, partial results; None: it does not fit"""
+        starts, place, tile, short, longest, split = [], 0, 0, longs, 0, 0
+        while place < longs or short < filled:
+            if len(starts) == max_parts:
+                return None
+            starts.append((place, tile, short))
+            load, first = 0, prefix[short]
+            if place < longs:
+                line = prefix[: longs + 1], before
+                place, tile, load, more = next_cut(*line, place, tile, limit, config.item_tiles)
+                split += more
+            short = bisect_right(prefix, first + limit - load, short, filled + 1) - 1
+            longest = max(longest, load + prefix[short] - first)
+        return starts or [(0, 0, longs)], longest, split
+
+    longest = max((-(-n // k) for n, k in zip(tiles, pieces) if n), default=0)
+    limits = [limit_of(i, prefix[-1], max_parts, longest, config.item_tiles) for i in range(NUM_CANDIDATES)]
+    tries = [made for made in map(fill, limits) if made]
+    starts, _, _ = min(tries, key=lambda made: made[1] * config.tile_cost + made[2] * row_tiles)  # the first of equals
+    ends = [*starts[1:], *[(longs, 0, filled)] * (max_parts + 1 - len(starts))]
+    items, part_begin, slot_of = [], [0], {}
+
+    def long_items(at, first, end, part):
+        """of tiles first .. end - 1 of the request at place `at`; slot_of: request -> its first slot, if its pieces have any"""
+        request = order[at]
+        n, num, seqlen = tiles[request], pieces[request], seqlens[request]
+        if config.runs and end - first == n:
+            return [Item(request, 0, n, part, seqlen, pieces=pack_pieces(n, num, 0, True))]
+        slot = max_parts + sum(pieces[r] for r in slot_of) if config.runs else before[at]
+        slot, edges = slot_of.setdefault(request, slot), _piece_edges(n, num)
+        i, j = edges.index(first), edges.index(end)
+        if config.runs:
+            return [Item(request, first, end, slot + i, seqlen, pieces=pack_pieces(n, num, i, False) if j - i > 1 else 0)]
+        return [Item(request, edges[k], edges[k + 1], slot + k, seqlen) for k in range(i, j)]
+
+    for p, ((place, tile, short), (end_place, end_tile, end_short)) in enumerate(zip(starts, ends)):
+        for at in range(place, end_place + (end_tile > 0)):
+            end = end_tile if at == end_place else tiles[order[at]]
+            items += long_items(at, tile if at == place else 0, end, p)
+        items += [Item(request, 0, tiles[request], -1, seqlens[request]) for request in order[short:end_short]]
+        part_begin.append(len(items))
+    part_begin += [len(items)] * (max_parts + 1 - len(part_begin))
+    merges = [Merge(r, slot_of.get(r, 0), pieces[r]) for r in order if not tiles[r] or r in slot_of]
+    return Schedule(tuple(items), tuple(part_begin), tuple(merges), len(starts))
+
+
 def _piece_edges(tiles: int, pieces: int) -> list[int]:
     return [piece_edge(tiles, pieces, i) for i in range(pieces + 1)]
-
-
-def _run(item: Item, tiles: int, pieces: int) -> Item:
-    """of fixed pieces of a cut request: `item` with the slot of its first one, and their lengths if they are several"""
-    piece_of = {edge: i for i, edge in enumerate(_piece_edges(tiles, pieces))}
-    first, end = piece_of[item.first], piece_of[item.end]
-    packed = pack_pieces(tiles, pieces, first, False) if end - first > 1 else 0
-    return replace(item, slot=item.slot + first, pieces=packed)

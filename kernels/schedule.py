@@ -12,34 +12,18 @@ threads, a barrier between them (parts/spans.py has the maths of a cut):
 A split piece has a slot for its partial result, those of a request one after the other: one slot for each cut inside a
 request, and one for each request that has such cuts.
 
-With config.max_pieces, results are batch-invariant: every request has the pieces that its length alone asks for.  Cuts lie
-between them: in step 2, warp i fills parts one after the other up to a limit of its own.  The merge keeps to one order.  An
-item is a piece, each with the slot of its own number, or with config.runs a run of pieces: then a request that is not cut is
-merged by the CTA that has it (parts/pieces.py), over one slot of its part's own, and only the pieces of cut requests, of which
-there are fewer than parts, have slots of theirs.
+Batch-invariant schedules are made by a subclass, kernels/fixed_schedule.py.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from .config import TILE, ScheduleConfig
-from .parts.spans import (
-    NUM_CANDIDATES,
-    candidate,
-    cut,
-    limit_of,
-    load_of,
-    next_cut,
-    num_pieces,
-    pack_pieces,
-    piece_at,
-    piece_edge,
-    upper_bound,
-)
+from .parts.spans import NUM_CANDIDATES, candidate, cut, load_of, upper_bound
 from .parts.work import BEGIN, COUNT, MERGE, MERGE_GROUPS, PART, RECORD
 
 
@@ -61,7 +45,6 @@ class Args:
 class Smem:
     prefix: cute.Tensor  # (request + 1,) cost before the request
     items: cute.Tensor  # (request + 1,) items before it, not counting those that begin at a cut
-    pieces: cute.Tensor | None  # (request + 1,) fixed pieces before it
     cut_request: cute.Tensor  # (part + 1,)
     cut_tile: cute.Tensor  # (part + 1,)
     inside: cute.Tensor  # (part + 1,) cuts inside a request before it
@@ -72,10 +55,10 @@ class Smem:
 
 
 class BuildSchedule:
+    merge_groups = MERGE_GROUPS
+
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        self.fixed = config.max_pieces > 0
-        self.items_are_pieces = self.fixed and not config.runs
 
     @cute.jit
     def __call__(
@@ -104,7 +87,7 @@ class BuildSchedule:
         smem = self._allocate()
         cute.arch.griddepcontrol_wait()
         self._prefix_sums(args, smem)
-        parts = self._fill_parts(args, smem) if self.fixed else self._choose_parts(args, smem)
+        parts = self._choose_parts(args, smem)
         self._cuts(args, smem)
         # the decode kernel waits for this grid's end, not for this trigger: it only lets its prologue start
         cute.arch.griddepcontrol_launch_dependents()
@@ -119,7 +102,6 @@ class BuildSchedule:
         class Storage:
             prefix: cute.struct.MemRange[Int32, config.max_batch + 1]
             items: cute.struct.MemRange[Int32, config.max_batch + 1]
-            pieces: cute.struct.MemRange[Int32, config.max_batch + 1 if config.max_pieces else 0]
             cut_request: cute.struct.MemRange[Int32, num_cuts]
             cut_tile: cute.struct.MemRange[Int32, num_cuts]
             inside: cute.struct.MemRange[Int32, num_cuts]
@@ -133,7 +115,6 @@ class BuildSchedule:
         return Smem(
             view(storage.prefix, config.max_batch + 1),
             view(storage.items, config.max_batch + 1),
-            view(storage.pieces, config.max_batch + 1) if config.max_pieces else None,
             view(storage.cut_request, num_cuts),
             view(storage.cut_tile, num_cuts),
             view(storage.inside, num_cuts),
@@ -183,56 +164,24 @@ class BuildSchedule:
         return begin, args.cu_seqlens_q[request + 1] - begin
 
     @cute.jit
-    def _num_pieces(self, args: Args, tiles: Int32):
-        """before the cuts"""
-        config = self.config
-        return num_pieces(tiles, args.row_tiles, config.max_pieces, config.piece_gain, config.piece_tiles)
-
-    @cute.jit
-    def _num_items(self, args: Args, tiles: Int32) -> Int32:
-        """before the cuts"""
-        items = Int32(1) if tiles > 0 else Int32(0)
-        if const_expr(self.items_are_pieces):
-            items = self._num_pieces(args, tiles)
-        return items
-
-    @cute.jit
-    def _max(self, smem: Smem, value: Int32):
-        """over the CTA's threads"""
-        tid, _, _ = cute.arch.thread_idx()
-        value = cute.arch.warp_redux_sync(value, "max")
-        cute.arch.sync_threads()
-        if tid % 32 == 0:
-            smem.warp_sum[tid // 32] = value
-        cute.arch.sync_threads()
-        return cute.arch.warp_redux_sync(smem.warp_sum[tid % 32], "max")
-
-    @cute.jit
     def _prefix_sums(self, args: Args, smem: Smem):
         """1"""
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
-        cost, items, pieces = Int32(0), Int32(0), Int32(0)
+        cost, items = Int32(0), Int32(0)
         if tid == 0:
             smem.prefix[0] = 0
             smem.items[0] = 0
-            if const_expr(self.fixed):
-                smem.pieces[0] = 0
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             tiles = self._num_tiles(args, base + tid)
             own = Int32(self.config.item_tiles) if tiles > 0 else Int32(0)
             weight, cost_sum = self._scan(smem, tiles + own)
-            count, item_sum = self._scan(smem, self._num_items(args, tiles))
+            count, item_sum = self._scan(smem, Int32(1) if tiles > 0 else Int32(0))
             if base + tid < batch:
                 smem.prefix[base + tid + 1] = cost + weight
                 smem.items[base + tid + 1] = items + count
             cost += cost_sum
             items += item_sum
-            if const_expr(self.fixed):
-                count, piece_sum = self._scan(smem, self._num_pieces(args, tiles))
-                if base + tid < batch:
-                    smem.pieces[base + tid + 1] = pieces + count
-                pieces += piece_sum
         cute.arch.sync_threads()
 
     @cute.jit
@@ -268,40 +217,6 @@ class BuildSchedule:
         return cute.arch.warp_redux_sync(lane if cost == least else Int32(NUM_CANDIDATES), "min")
 
     @cute.jit
-    def _fill_parts(self, args: Args, smem: Smem) -> Int32:
-        """2 for fixed pieces: each warp tries a limit of a part's cost"""
-        tid, _, _ = cute.arch.thread_idx()
-        batch, max_parts, longest = args.cache_seqlens.shape[0], args.parts.shape[0], Int32(0)
-        for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
-            if self._pieces_of(smem, request) > 0:
-                longest = cutlass.max(longest, (self._num_tiles(args, request) - 1) // self._pieces_of(smem, request) + 1)
-        longest = self._max(smem, longest)
-        limits = smem.prefix[batch], max_parts, longest, self.config.item_tiles
-        _, cost = self._fill(args, smem, limit_of(tid // 32, *limits), False)
-        limit = limit_of(self._cheapest(smem, cost), *limits)
-        smem.cut_request[tid], smem.cut_tile[tid] = batch, Int32(0)
-        cute.arch.sync_threads()
-        if tid < 32:
-            parts, _ = self._fill(args, smem, limit, True)
-            if tid == 0:
-                smem.warp_sum[0] = parts
-        cute.arch.sync_threads()
-        return smem.warp_sum[0]
-
-    @cute.jit
-    def _fill(self, args: Args, smem: Smem, limit: Int32, keep: Constexpr[bool]):
-        """parts one after the other, as full as the limit allows: how many, and their cost (too many: the largest int)"""
-        batch, max_parts, item_tiles = args.cache_seqlens.shape[0], args.parts.shape[0], self.config.item_tiles
-        request, tile, parts, longest, pieces = (Int32(0) for _ in range(5))
-        while (request < batch) & (parts < max_parts):
-            if const_expr(keep):
-                smem.cut_request[parts], smem.cut_tile[parts] = request, tile
-            request, tile, load, split = next_cut(smem.prefix, smem.pieces, batch, request, tile, limit, item_tiles)
-            parts, longest, pieces = parts + 1, cutlass.max(longest, load), pieces + split
-        cost = longest * self.config.tile_cost + pieces * args.row_tiles
-        return parts, cost if request == batch else Int32(0x7FFFFFFF)
-
-    @cute.jit
     def _part_cost(self, smem: Smem, batch: Int32, p: Int32, parts: Int32):
         """tiles of part p, and what it adds to the number of split pieces"""
         pieces = Int32(0)
@@ -319,60 +234,27 @@ class BuildSchedule:
         """3"""
         p, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()
-        request, tile = smem.cut_request[p], smem.cut_tile[p]
-        inside, first = Int32(0), Int32(0)
-        if tile > 0:
-            inside, first = Int32(1), Int32(1)
-            if smem.cut_request[p - 1] == request:
-                if smem.cut_tile[p - 1] > 0:
-                    first = Int32(0)
-        if const_expr(self.fixed):  # a cut makes all of a request's pieces partial results
-            if first > 0:
-                first = self._pieces_of(smem, request)
+        inside, first = self._inside(smem, p)
         sums, _ = self._scan(smem, inside + first * (1 << 16))
         through, split = sums & 0xFFFF, sums >> 16
-        smem.inside[p], smem.begin[p], smem.slot[p] = through - inside, smem.items[request] + through, through - inside + split
-        if const_expr(self.fixed):
-            piece = self._piece_at(args, smem, request, tile)
-            if tile > 0:
-                smem.slot[p] = args.parts.shape[0] + split - self._pieces_of(smem, request) + piece
-            smem.begin[p] = smem.items[request] + (piece if self.items_are_pieces else through)
+        smem.inside[p] = through - inside
+        smem.slot[p] = through - inside + split
+        smem.begin[p] = smem.items[smem.cut_request[p]] + through
         cute.arch.sync_threads()
 
-    def _pieces_of(self, smem: Smem, request: Int32):
-        return smem.pieces[request + 1] - smem.pieces[request]
+    @cute.jit
+    def _inside(self, smem: Smem, p: Int32):
+        """whether cut p is inside a request (0 | 1), and the first one there"""
+        inside, first = Int32(0), Int32(0)
+        if smem.cut_tile[p] > 0:
+            inside, first = Int32(1), Int32(1)
+            if (smem.cut_request[p - 1] == smem.cut_request[p]) & (smem.cut_tile[p - 1] > 0):
+                first = Int32(0)
+        return inside, first
 
     @cute.jit
-    def _piece_at(self, args: Args, smem: Smem, request: Int32, tile: Int32) -> Int32:
-        piece = Int32(0)
-        if tile > 0:
-            piece = piece_at(self._num_tiles(args, request), self._pieces_of(smem, request), tile)
-        return piece
-
-    def _first_slot(self, args: Args, smem: Smem, p: Int32):
-        """of a request, from its first cut p"""
-        if self.fixed:
-            return smem.slot[p] - self._piece_at(args, smem, smem.cut_request[p], smem.cut_tile[p])
-        return smem.slot[p] - 1
-
     def _items(self, args: Args, smem: Smem, parts: Int32):
         """4"""
-        self._all_pieces(args, smem) if self.items_are_pieces else self._runs(args, smem, parts)
-
-    @cute.jit
-    def _all_pieces(self, args: Args, smem: Smem):
-        tid, _, _ = cute.arch.thread_idx()
-        batch = args.cache_seqlens.shape[0]
-        for item in cutlass.range(tid, smem.items[batch], self.config.num_threads, unroll=1):
-            request = upper_bound(smem.items, batch, item) - 1
-            first = smem.items[request]
-            tiles, pieces = self._num_tiles(args, request), smem.items[request + 1] - first
-            begin, end = piece_edge(tiles, pieces, item - first), piece_edge(tiles, pieces, item - first + 1)
-            slot = item if pieces > 1 else Int32(-1)
-            self._write(args, smem, item, (request, begin, end, slot))
-
-    @cute.jit
-    def _runs(self, args: Args, smem: Smem, parts: Int32):
         tid, _, _ = cute.arch.thread_idx()
         batch = args.cache_seqlens.shape[0]
         for request in cutlass.range(tid, batch, self.config.num_threads, unroll=1):
@@ -380,19 +262,15 @@ class BuildSchedule:
             if tiles > 0:
                 p = self._first_cut_after(smem, request, parts)
                 is_split = smem.cut_request[p] == request
-                end, slot = tiles, Int32(-1)
-                if is_split:
-                    end, slot = smem.cut_tile[p], self._first_slot(args, smem, p)
-                elif const_expr(self.fixed):
-                    if self._pieces_of(smem, request) > 1:
-                        slot = p - 1  # the part's own
-                self._write(args, smem, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot))
+                end, slot = smem.cut_tile[p] if is_split else tiles, smem.slot[p] - 1 if is_split else Int32(-1)
+                self._write(args, smem.items[request] + smem.inside[p], (request, Int32(0), end, slot, Int32(0)))
         if (tid > 0) & (tid < parts):
             request, tile = smem.cut_request[tid], smem.cut_tile[tid]
             if tile > 0:
                 ends_inside = smem.cut_request[tid + 1] == request
                 end = smem.cut_tile[tid + 1] if ends_inside else self._num_tiles(args, request)
-                self._write(args, smem, smem.items[request] + smem.inside[tid] + 1, (request, tile, end, smem.slot[tid]))
+                record = request, tile, end, smem.slot[tid], Int32(0)
+                self._write(args, smem.items[request] + smem.inside[tid] + 1, record)
 
     @cute.jit
     def _parts(self, args: Args, smem: Smem):
@@ -416,26 +294,13 @@ class BuildSchedule:
         return p
 
     @cute.jit
-    def _write(self, args: Args, smem: Smem, item: Int32, record):
-        request, first, end, slot = record
-        pieces = self._run(args, smem, request, first, end) if self.config.runs else Int32(0)
+    def _write(self, args: Args, item: Int32, record):
+        request, first, end, slot, pieces = record
         length = self._length(args, request)
         unseen = self._first_tile(args, length)
         queries = self._queries(args, request) if args.cu_seqlens_q is not None else (Int32(0), Int32(0))
         for i, value in enumerate((request, first + unseen, end + unseen, slot, length, *queries, pieces)):
             args.items[item, i] = value
-
-    @cute.jit
-    def _run(self, args: Args, smem: Smem, request: Int32, first: Int32, end: Int32) -> Int32:
-        """the lengths of the fixed pieces in tiles first .. end - 1, if they are several"""
-        packed, tiles, pieces = Int32(0), self._num_tiles(args, request), self._pieces_of(smem, request)
-        if pieces > 1:
-            begin = piece_at(tiles, pieces, first)
-            if piece_at(tiles, pieces, end) - begin > 1:
-                packed = pack_pieces(tiles, pieces, begin)
-                if end - first == tiles:
-                    packed = -packed
-        return packed
 
     @cute.jit
     def _merges(self, args: Args, smem: Smem, parts: Int32):
@@ -444,8 +309,8 @@ class BuildSchedule:
         batch, listed = args.cache_seqlens.shape[0], Int32(0)
         for base in cutlass.range(0, batch, self.config.num_threads, unroll=1):
             request, pieces, first_slot = base + tid, Int32(1), Int32(0)
-            if request < batch:
-                pieces, first_slot = self._pieces(args, smem, request, parts)
+            if base + tid < batch:
+                request, pieces, first_slot = self._pieces(args, smem, base + tid, parts)
             wanted = Int32(1) if pieces != 1 else Int32(0)
             index, num = self._scan(smem, wanted)
             if wanted > 0:
@@ -457,21 +322,17 @@ class BuildSchedule:
             listed += num
         if tid == 0:
             args.merges[0, 0] = listed
-            args.merges[0, 1] = 1 if const_expr(self.fixed) else MERGE_GROUPS
+            args.merges[0, 1] = self.merge_groups
 
     @cute.jit
     def _pieces(self, args: Args, smem: Smem, request: Int32, parts: Int32):
-        """how many for the merge, 0 without tokens, and the slot of the first if they are several"""
+        """request, how many for the merge, 0 without tokens, and the slot of the first if they are several"""
         first_slot, pieces = Int32(0), smem.items[request + 1] - smem.items[request]
         if pieces > 0:
             p = self._first_cut_after(smem, request, parts)
-            is_split = smem.cut_request[p] == request
-            if const_expr(self.items_are_pieces):
-                first_slot = smem.pieces[request]
-            elif is_split:
-                first_slot, cuts = self._first_slot(args, smem, p), upper_bound(smem.cut_request, parts, request) - p
-                pieces = self._pieces_of(smem, request) if self.fixed else cuts + 1
-        return pieces, first_slot
+            if smem.cut_request[p] == request:
+                first_slot, pieces = smem.slot[p] - 1, upper_bound(smem.cut_request, parts, request) - p + 1
+        return request, pieces, first_slot
 
 
 def fake_args(config: ScheduleConfig):

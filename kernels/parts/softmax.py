@@ -80,7 +80,7 @@ def piece_weight(lse: Float32, all_log2: Float32):
 
 @cute.jit
 def join_pieces(log_sum: Float32, lse: Float32):
-    """A sum of pieces, whose weight has the log2 `log_sum` (-inf: none yet), and another piece -> log2 of their weight together,
+    """A sum of pieces, whose weight has the log2 `log_sum` (-inf: none yet), and another piece -> log2 of their joint weight,
     and the share of each.  The same bits in both kernels that ask: only `piece_weight` adds to a product, and fuses it."""
     most = cute.arch.fmax(cute.arch.fmax(log_sum, lse * LOG2_E), M_INIT)
     of_sum, of_piece = cute.math.exp2(log_sum - most, fastmath=True), piece_weight(lse, most)

@@ -1,7 +1,5 @@
 """kernels/parts/spans.py, run natively on the CPU, against its twin in flashmla_cute/schedule.py."""
 
-from itertools import pairwise
-
 import cutlass
 import cutlass.cute as cute
 import pytest
@@ -203,30 +201,40 @@ def fixed_batches(draw):
     return prefix, pieces, longest, draw(st.integers(1, MAX_PARTS))
 
 
+def wanted_cuts(prefix, pieces, limit):
+    """as Native.run_fill has them"""
+    cuts, costs, splits = [(0, 0)], [], []
+    while cuts[-1] != (len(prefix) - 1, 0):
+        *cut, cost, split = schedule.next_cut(prefix, pieces, *cuts[-1], limit, ITEM_TILES)
+        cuts.append(tuple(cut))
+        costs.append(cost)
+        splits.append(split)
+    return cuts, costs, splits
+
+
 @hypothesis.given(batch=fixed_batches(), i=st.integers(0, spans.NUM_CANDIDATES - 1))
 @hypothesis.settings(max_examples=500)
-def test_filled_parts_equal_the_twin(native, batch, i):
+def test_parts_up_to_a_limit_equal_the_twin(native, batch, i):
     prefix, pieces, longest, parts = batch
     limits = [schedule.limit_of(k, prefix[-1], parts, longest, ITEM_TILES) for k in range(spans.NUM_CANDIDATES)]
     assert native.run_limits(prefix[-1], parts, longest) == limits == sorted(limits)
-    wanted = schedule.fill_parts(prefix, pieces, limits[i], parts, ITEM_TILES)
-    cuts, costs, split = native.run_fill(prefix, pieces, limits[i], len(wanted) - 1)
-    assert cuts == wanted and costs == schedule.part_loads(prefix, wanted, ITEM_TILES)
-    assert max(costs) <= limits[i] and wanted == sorted(set(wanted))
-    assert sum(split) == schedule.count_pieces(wanted, [end - begin for begin, end in pairwise(pieces)])
+    cuts, costs, _ = wanted = wanted_cuts(prefix, pieces, limits[i])
+    hypothesis.assume(len(costs) <= MAX_PARTS)
+    assert native.run_fill(prefix, pieces, limits[i], len(costs)) == wanted
+    assert costs == schedule.part_loads(prefix, cuts, ITEM_TILES) and max(costs) <= limits[i] and cuts == sorted(set(cuts))
 
 
 @hypothesis.given(batch=fixed_batches())
 def test_the_last_limit_suffices(batch):
     prefix, pieces, longest, parts = batch
     limit = schedule.limit_of(spans.NUM_CANDIDATES - 1, prefix[-1], parts, longest, ITEM_TILES)
-    assert schedule.fill_parts(prefix, pieces, limit, parts, ITEM_TILES)[-1] == (len(prefix) - 1, 0)
+    assert len(wanted_cuts(prefix, pieces, limit)[0]) <= parts + 1
 
 
-def test_filled_parts_do_not_overflow(native):
+def test_limits_do_not_overflow(native):
     prefix, pieces, longest = [0, 2**31 - 1], [0, 32], 2**26
     for parts in (1, 2, MAX_PARTS):
         limits = native.run_limits(prefix[-1], parts, longest)
         assert limits == [schedule.limit_of(i, prefix[-1], parts, longest, ITEM_TILES) for i in range(spans.NUM_CANDIDATES)]
-        wanted = schedule.fill_parts(prefix, pieces, limits[-1], parts, ITEM_TILES)
-        assert wanted[-1] == (1, 0) and native.run_fill(prefix, pieces, limits[-1], len(wanted) - 1)[0] == wanted
+        cuts, costs, splits = wanted_cuts(prefix, pieces, limits[-1])
+        assert native.run_fill(prefix, pieces, limits[-1], len(costs)) == (cuts, costs, splits)

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 
 from flashmla_cute import schedule
-from flashmla_cute.kernels.config import TILE, ScheduleConfig
+from flashmla_cute.kernels.config import BATCH_INVARIANT, TILE, ScheduleConfig
 from flashmla_cute.schedule import NO_LIMIT, Item, Merge, build_schedule
+from perf.workloads import LogNormal
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -68,6 +69,8 @@ def test_every_tile_once_and_in_order(problem):
     lengths, _, _, _, max_tokens, reach = problem
     items = build_schedule(*problem).items
     tiles = [(item.batch, tile) for item in items for tile in range(item.first, item.end)]
+    if problem[3].max_pieces:  # (requests of one piece fill up the parts of those of several)
+        tiles.sort()
     assert tiles == [(i, tile) for i, span in enumerate(spans_of(lengths, max_tokens, reach)) for tile in range(*span)]
     assert all(item.first < item.end for item in items)
     assert all(item.seqlen == min(lengths[item.batch], max_tokens) for item in items)
@@ -222,14 +225,26 @@ def test_fixed_pieces_are_even_and_as_many_as_documented(problem):
 
 @hypothesis.given(problems(fixed_pieces))
 def test_load_balance_of_whole_pieces(problem):
-    """a cut moves to the nearest edge of a piece: by half of the longest, and a tile where the pieces of a request differ"""
-    config = problem[3]
+    """no part costs more than the largest limit that is tried"""
+    max_parts, item_tiles = problem[2], problem[3].item_tiles
     plan = build_schedule(*problem)
     items = {item.batch for item in plan.items}
     pieces = [end - first for i in items for first, end, _ in pieces_of(plan, i)]
-    total, longest = sum(pieces) + config.item_tiles * len(items), max(pieces, default=0)
-    most = max(part_cost(plan.part(p), config.item_tiles) for p in range(plan.num_parts))
-    assert most <= -(-total // plan.num_parts) + longest + 2 * config.item_tiles + 2
+    sizes = sum(pieces) + item_tiles * len(items), max_parts, max(pieces, default=0), item_tiles
+    assert max(span_cost(plan.part(p), item_tiles) for p in range(plan.num_parts)) <= schedule.limit_of(31, *sizes)
+
+
+def span_cost(items, item_tiles):
+    """of a part in the cost model: that of an item for each request"""
+    return sum(item.end - item.first for item in items) + item_tiles * len({item.batch for item in items})
+
+
+@pytest.mark.parametrize("row_tiles, parts, gap", [(1, 132, 1.15), (2, 66, 1.08)])
+def test_short_requests_fill_up_what_the_pieces_of_long_ones_leave(row_tiles, parts, gap):
+    lengths, config = LogNormal(2048, 65536).draw(128), replace(BATCH_INVARIANT, runs=1)
+    plan = build_schedule(lengths, row_tiles, parts, config)
+    costs = [span_cost(plan.part(p), config.item_tiles) for p in range(parts)]
+    assert max(costs) < gap * sum(costs) / parts
 
 
 @pytest.mark.parametrize("batch, length, row_tiles, parts", [(16, 4096, 2, 66), (16, 4096, 1, 132), (64, 4096, 2, 66)])
