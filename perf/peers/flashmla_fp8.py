@@ -23,9 +23,9 @@ def prepare(problem: Problem) -> "FlashMLAFp8":
 
 class FlashMLAFp8:
     launch_with_schedule = None
-    # softmax weights are rounded to e4m3 before they meet the values: 2.6 % of a weight, more below 2^-6 of the largest
-    tolerance = 6e-2, 1e-2
-    note = "q in e4m3, quantised before the timing; checked with a tolerance of its own, out 6e-2, lse 1e-2"
+    # it rounds the softmax weights to e4m3 before they meet the values: 2.6 % of a weight, so of out at most
+    tolerance = 3e-2, 5e-3
+    note = "q in e4m3, quantised before the timing; checked with a tolerance of its own, out 3e-2, lse 5e-3"
 
     def __init__(self, problem: Problem):
         self.problem, self.ops = problem, getattr(torch.ops, MODULE)
