@@ -2,6 +2,7 @@
 
 python -m perf.bench --workload core --workload latency --peers flashmla,fa3 --name dense
 python -m perf.bench --workload quick --impl-only
+python -m perf.bench --workload e4m3 --variants --peers flashmla_fp8 --name fp8-peers
 
 Peers are found by environment variables (perf/peers/README.md); one that is not there is reported as absent.  Outside a
 checkout FLASHMLA_CUTE_COMMIT says which commit is measured.  Exit code 2: no Hopper GPU, nothing was measured.  1: our own
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"perf.bench: {reason}", file=sys.stderr)
         return 2
     found, absent = peers.load(options.peers)
-    implementations = {ours.NAME: ours.prepare, **{name: module.prepare for name, module in found.items()}}
+    variants = ours.VARIANTS if options.variants else {}
+    implementations = {ours.NAME: ours.prepare, **variants, **{name: module.prepare for name, module in found.items()}}
     result, path = _header(options, absent)
     lost = None
     with card.Sampler() as sampler:
@@ -61,6 +63,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="repeatable; default: core")
     parser.add_argument("--peers", default=",".join(peers.NAMES), help="comma-separated; default: %(default)s")
     parser.add_argument("--impl-only", action="store_true", help="time only FlashMLA-CuTe")
+    parser.add_argument("--variants", action="store_true", help="also e4m3 rows with one term of q, e4m3 q, and a bf16 cache")
     parser.add_argument("--rounds", type=int, default=30, help=f"replays of each graph, at least {MIN_ROUNDS}; default: 30")
     parser.add_argument("--seed", type=int, help="of the inputs; default: a new one, which is stored")
     parser.add_argument("--name", help="of the result; default: the workloads")

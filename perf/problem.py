@@ -1,6 +1,6 @@
 """Inputs of a row on the GPU, and the float64 results that every implementation is held to before it is timed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ class Problem:
     block_table: torch.Tensor  # [b, pages of the longest request] int32, exactly as wide: FA3's workspace grows with it
     cache_seqlens: torch.Tensor  # [b] int32
     softmax_scale: float = (LATENT + ROPE) ** -0.5
+    q_scale: float | None = None  # of an e4m3 q
     kv_scale: ClassVar[float] = 1 / 64  # of an e4m3 cache: normal numbers stay within its +-448
 
     @classmethod
@@ -57,6 +58,14 @@ class Problem:
         q = torch.empty(row.b, row.s_q, row.h_q, LATENT + ROPE, dtype=q_dtype, device=device).normal_(generator=generator)
         return cls(row, q, pools, table.to(device), torch.tensor(row.lengths, dtype=torch.int32, device=device))
 
+    def with_e4m3_q(self) -> "Problem":
+        """the same with q rounded to e4m3: float64 results are those of what it stands for"""
+        return replace(self, q=quantise(self.q, self.kv_scale), q_scale=self.kv_scale)
+
+    def with_bf16_cache(self, seed: int = 0) -> "Problem":
+        """as many pools of as many tokens in bf16, of other contents"""
+        return Problem.make(replace(self.row, dtype="bfloat16"), len(self.pools), seed, self.q.device.type)
+
     def expected(self, copy: int) -> "Expected":
         """float64 results with pool `copy`, of a few requests: first, last, longest and one between"""
         lengths, last = self.row.lengths, self.row.b - 1
@@ -66,9 +75,10 @@ class Problem:
             pages, table = table.unique(return_inverse=True)
             pool = pool.view(torch.uint8)[pages.long()].view(pool.dtype)
             pool = unpack(pool) if self.row.is_scaled else dequantise(pool, torch.tensor(self.kv_scale))
-        out, lse = reference_decode(
-            self.q[requests], pool, table, [lengths[i] for i in requests], self.softmax_scale, self.row.causal, LATENT
-        )
+        q = self.q[requests]
+        if self.q_scale is not None:
+            q = dequantise(q, torch.tensor(self.q_scale))
+        out, lse = reference_decode(q, pool, table, [lengths[i] for i in requests], self.softmax_scale, self.row.causal, LATENT)
         return Expected(requests, out, lse)
 
 
@@ -87,9 +97,11 @@ class Expected:
     out: torch.Tensor  # [request, s_q, h_q, latent] float64
     lse: torch.Tensor  # [request, h_q, s_q] float64
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor | None, dtype: str) -> Check:
-        """by the tolerances of the tests (flashmla_cute.testing), for us and for peers alike"""
-        max_rel, max_lse = TOLERANCE[getattr(torch, "float8_e4m3fn" if dtype == "fp8_ds_mla" else dtype)]
+    def check(
+        self, out: torch.Tensor, lse: torch.Tensor | None, dtype: str, tolerance: tuple[float, float] | None = None
+    ) -> Check:
+        """by the tolerances of the tests (flashmla_cute.testing), for us and for peers alike, unless one is given"""
+        max_rel, max_lse = tolerance or TOLERANCE[getattr(torch, "float8_e4m3fn" if dtype == "fp8_ds_mla" else dtype)]
         difference = (out[self.requests].double() - self.out).flatten(1).norm(dim=1)
         rel = (difference / self.out.flatten(1).norm(dim=1)).max().item()
         gap = None if lse is None else (lse[self.requests].double() - self.lse).abs().max().item()

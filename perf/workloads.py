@@ -147,6 +147,7 @@ WORKLOADS = {
         Row(128, 128, 8192, "a full batch"),
     ),
     "fp8": tuple(replace(row, dtype=dtype) for row in FP8 for dtype in ("float8_e4m3fn", "fp8_ds_mla", "bfloat16")),
+    "e4m3": tuple(replace(row, dtype="float8_e4m3fn") for row in FP8),  # for --variants
     "quick": (
         Row(1, 16, 4096, "smallest"),
         Row(4, 16, 4096, "splits and the causal mask", s_q=2),

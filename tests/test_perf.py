@@ -3,14 +3,17 @@
 import json
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from perf import invariance, model, ours, parallel, peers, plots
-from perf.peers import triton_mla
-from perf.workloads import Row
+from flashmla_cute.reference import dequantise, reference_decode
+from perf import invariance, measure, model, ours, parallel, peers, plots, report
+from perf.peers import flashmla_fp8, triton_mla
+from perf.problem import Problem
+from perf.workloads import WORKLOADS, Row
 
 from .runtime.test_parallel import run
 
@@ -91,10 +94,106 @@ def test_parallel_measures_what_all_ranks_can():
     run([measured], 2, "cpu")
 
 
-def test_an_absent_peer_is_named(monkeypatch):
-    monkeypatch.delenv(triton_mla.VARIABLE, raising=False)
-    found, absent = peers.load(["triton_mla"])
-    assert found == {} and triton_mla.VARIABLE in absent["triton_mla"]
+@pytest.mark.parametrize("peer", [triton_mla, flashmla_fp8], ids=lambda peer: peer.VARIABLE)
+def test_an_absent_peer_is_named(monkeypatch, peer):
+    monkeypatch.delenv(peer.VARIABLE, raising=False)
+    name = peer.__name__.rpartition(".")[2]
+    found, absent = peers.load([name])
+    assert found == {} and peer.VARIABLE in absent[name]
+
+
+E4M3_ROW = Row(2, 4, 100, "e4m3", dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        (dict(dtype="bfloat16"), "a cache of bfloat16"),
+        (dict(dtype="fp8_ds_mla"), "a cache of fp8_ds_mla"),
+        (dict(page=32), "pages of 32 tokens"),
+    ],
+)
+def test_the_fork_refuses_what_it_has_not(other, reason):
+    row = replace(E4M3_ROW, **other)
+    with pytest.raises(peers.Refused, match=reason):
+        flashmla_fp8.prepare(Problem.make(row, 1, 0, "cpu"))
+
+
+@pytest.mark.parametrize("prepare", ours.VARIANTS.values(), ids=ours.VARIANTS)
+def test_variants_are_of_e4m3_rows(prepare):
+    with pytest.raises(peers.Refused):
+        prepare(Problem.make(replace(E4M3_ROW, dtype="bfloat16"), 1, 0, "cpu"))
+
+
+def test_the_e4m3_workload():
+    shapes = {(row.b, row.s_q, row.h_q, row.s_k) for row in WORKLOADS["e4m3"]}
+    assert {row.dtype for row in WORKLOADS["e4m3"]} == {"float8_e4m3fn"} and all(not row.varlen for row in WORKLOADS["e4m3"])
+    assert shapes == {(128, 1, h, 8192) for h in (16, 64, 128)} | {
+        (128, 2, 128, 8192),
+        (64, 1, 16, 4096),
+        (16, 1, 16, 4096),
+    } | {(1, 1, h, s_k) for h in (16, 128) for s_k in (4096, 65536)}
+
+
+def test_a_quantised_query_has_its_own_expectation():
+    problem = Problem.make(E4M3_ROW, 2, 0, "cpu")
+    quantised, wide = problem.with_e4m3_q(), problem.with_bf16_cache()
+    assert quantised.q.dtype == torch.float8_e4m3fn and quantised.pools is problem.pools and problem.q.dtype == torch.bfloat16
+    assert len(wide.pools) == 2 and wide.pools[0].dtype == torch.bfloat16 and wide.pools[0].shape == problem.pools[0].shape
+    q, pool = (dequantise(x, torch.tensor(1 / 64)) for x in (quantised.q, problem.pools[1]))
+    out, lse = reference_decode(q, pool, problem.block_table, [100, 100], problem.softmax_scale, False, 512)
+    right, other = quantised.expected(1), problem.expected(1)
+    assert right.check(out, lse, "float8_e4m3fn").rel_err < 1e-12
+    check = other.check(out, lse, "float8_e4m3fn")
+    assert check.rel_err > 1e-2 and "allowed 3e-03" in check.failure
+    assert other.check(out, lse, "float8_e4m3fn", (check.rel_err * 1.1, check.lse_err * 1.1)).failure is None
+
+
+class Exact:
+    """an implementation that decodes `problem` in float64 and is wrong by `error`"""
+
+    schedule = launch_with_schedule = None
+    note = "exact"
+
+    def __init__(self, problem: Problem, error: float = 0.0, tolerance: tuple[float, float] | None = None):
+        self.problem, self.error, self.tolerance = problem, error, tolerance
+        self.out = self.lse = None
+
+    def launch(self, pool):
+        expected = self.problem.expected(next(i for i, mine in enumerate(self.problem.pools) if mine is pool))
+        self.out, self.lse = expected.out * (1 + self.error), expected.lse
+
+    def result(self):
+        return self.out, self.lse
+
+
+def test_each_is_checked_against_its_own_problem(monkeypatch):
+    """the harness without a GPU: a graph is its last launch; what decodes another problem is held to that one's result"""
+    monkeypatch.setattr(measure.timing, "num_copies", lambda size: 2)
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "Problem", type("OnCpu", (), {"make": lambda *given: Problem.make(*given, "cpu")}))
+    monkeypatch.setattr(measure, "_capture", lambda launch, problem, launches: lambda: launch(problem.pools[-1]))
+
+    def check(graph, implementation, expected, dtype):
+        graph()
+        return expected.check(*implementation.result(), dtype, implementation.tolerance)
+
+    timed = []
+    monkeypatch.setattr(measure, "_check", check)
+    monkeypatch.setattr(measure, "_time", lambda ready, graphs, *_: timed.extend(graphs))
+    implementations = {
+        "plain": Exact,
+        "quantised": lambda problem: Exact(problem.with_e4m3_q()),
+        "bf16": lambda problem: Exact(problem.with_bf16_cache()),
+        "wrong": lambda problem: Exact(problem, error=0.02),
+        "loose": lambda problem: Exact(problem, error=0.02, tolerance=(0.03, 1e-2)),
+    }
+    result = measure.measure_row(E4M3_ROW, implementations, 20, 0)
+    assert timed == ["plain", "quantised", "bf16", "loose"] and "off by 2.00e-02" in result.outcomes["wrong"].error
+    records = {record["impl"]: record for record in report.records(result, ["e4m3"], None)}
+    assert {record["dtype"] for record in records.values()} == {"float8_e4m3fn"}  # one line of the table
+    assert all(record["note"] == "exact" for record in records.values())
+    assert result.outcomes["bf16"].row.dtype == "bfloat16"
 
 
 def test_table_has_every_timed_row(stored):

@@ -6,6 +6,9 @@ prepare(problem)        raises Refused for a row it cannot run; else an object w
   .result()               (out [b, s_q, h_q, 512], lse [b, h_q, s_q] natural log or None) of the latest launch
   .schedule               None, or a function that makes the once-a-step schedule alone
   .launch_with_schedule   None, or launch and schedule in one call, for a peer that cannot make its schedule alone
+  .problem                what it decodes: `problem`, or one made from it, with as many pools, where it takes other types
+  .tolerance              (only where it is less accurate by design) of out and of lse, instead of the tests'
+  .note                   (only where there is one) stored with its numbers: what is different about them
 
 perf/peers/README.md says where the peers come from.
 """
@@ -15,7 +18,7 @@ import os
 import sys
 from types import ModuleType
 
-NAMES = ("flashmla", "fa3", "triton_mla", "sdpa")
+NAMES = ("flashmla", "flashmla_fp8", "fa3", "triton_mla", "sdpa")
 
 
 class Absent(Exception):
