@@ -93,6 +93,15 @@ def test_many_small_batches(config):
         assert_equals_twin(make_plan(lengths, heads, queries, config=config), lengths)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_as_items(kind):
+    """as where the decode kernel does not join them: float32 partials"""
+    drawn = random.Random(6)
+    for heads, batch in ((16, 1), (128, 40), (16, 300)):
+        lengths = [KINDS[kind](drawn) for _ in range(batch)]
+        assert_equals_twin(make_plan(lengths, heads, 1, config=BATCH_INVARIANT, partials=torch.float32), lengths)
+
+
 @pytest.mark.parametrize("max_pieces, piece_gain", [(1, 1), (5, 1), (32, 32)])
 def test_other_fixed_pieces(max_pieces, piece_gain):
     config, drawn = ScheduleConfig(max_pieces=max_pieces, piece_gain=piece_gain), random.Random(5)
