@@ -237,12 +237,17 @@ def _build(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
 # ---------------------------------------------------------------------- fixed pieces
 def _build_fixed(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
     """Requests in another order: long ones, of several pieces, short ones, those without tokens.  Parts are filled up to a
-    limit, with pieces of long requests, then whole short ones."""
+    limit, with pieces of long requests, then whole short ones.  A piece costs a tile more than it has."""
     pieces = [num_pieces(n, row_tiles, config) for n in tiles]
     order = sorted(range(len(tiles)), key=lambda request: 0 if pieces[request] > 1 else 2 - pieces[request])
     longs, filled = sum(n > 1 for n in pieces), sum(n > 0 for n in pieces)
-    prefix = [0, *accumulate(tiles[r] + config.item_tiles * (tiles[r] > 0) for r in order)]
+    prefix = [0, *accumulate(tiles[r] + pieces[r] + config.item_tiles * (tiles[r] > 0) for r in order)]
     before = [0, *accumulate(pieces[r] for r in order)]
+
+    def piece_behind(place, tile):
+        """the piece that begins at `tile` of those that the request at `place` costs"""
+        tiles, num = prefix[place + 1] - prefix[place] - config.item_tiles, before[place + 1] - before[place]
+        return _piece_edges(tiles, num).index(tile)
 
     def fill(limit):
         """(place, tile, first short place) where each part begins, the longest part, partial results; None: it does not fit"""
@@ -250,7 +255,7 @@ def _build_fixed(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
         while place < longs or short < filled:
             if len(starts) == max_parts:
                 return None
-            starts.append((place, tile, short))
+            starts.append((place, tile and tile - piece_behind(place, tile), short))
             load, first = 0, prefix[short]
             if place < longs:
                 line = prefix[: longs + 1], before
@@ -260,7 +265,7 @@ def _build_fixed(tiles, seqlens, row_tiles, max_parts, config) -> Schedule:
             longest = max(longest, load + prefix[short] - first)
         return starts or [(0, 0, longs)], longest, split
 
-    longest = max((-(-n // k) for n, k in zip(tiles, pieces) if n), default=0)
+    longest = max((-(-n // k) + 1 for n, k in zip(tiles, pieces) if n), default=0)
     limits = [limit_of(i, prefix[-1], max_parts, longest, config.item_tiles) for i in range(NUM_CANDIDATES)]
     tries = [made for made in map(fill, limits) if made]
     starts, _, _ = min(tries, key=lambda made: made[1] * config.tile_cost + made[2] * row_tiles)  # the first of equals

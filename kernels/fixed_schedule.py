@@ -2,6 +2,7 @@
 
 What differs from kernels/schedule.py.  A cut lies between two pieces, and these are too long for cuts at equal distances.  So
   1  requests are taken in another order: `long` ones, of several pieces, then those of one piece, then those without tokens
+     and a piece costs a tile more than it has: o of the one before is stored or joined meanwhile
   2  warp i tries a limit of its own.  It fills the parts one after the other up to it: first with pieces of long requests, from
      where the part before has stopped, then with whole short ones, as many as still fit.  The cheapest limit wins
   4  an item is a piece, in the slot of its own number; or with config.runs a run of pieces: then a request that is not cut is
@@ -49,7 +50,7 @@ class Smem:
     warp_sum: cute.Tensor  # (warp,)
 
     def tiles(self, place, item_tiles):
-        return cutlass.max(self.prefix[place + 1] - self.prefix[place] - item_tiles, 0)
+        return cutlass.max(self.prefix[place + 1] - self.prefix[place] - item_tiles - self.num_pieces(place), 0)
 
     def num_pieces(self, place):
         return self.pieces[place + 1] - self.pieces[place]
@@ -106,9 +107,9 @@ class BuildFixedSchedule(BuildSchedule):
             tiles = Int32(0)
             if base + tid < batch:
                 tiles = self._num_tiles(args, smem.order[base + tid])
-            own = Int32(self.config.item_tiles) if tiles > 0 else Int32(0)
-            weight, cost_sum = self._scan(smem, tiles + own)
-            count, piece_sum = self._scan(smem, self._num_pieces(args, tiles))
+            own, num = Int32(self.config.item_tiles) if tiles > 0 else Int32(0), self._num_pieces(args, tiles)
+            weight, cost_sum = self._scan(smem, tiles + num + own)
+            count, piece_sum = self._scan(smem, num)
             if base + tid < batch:
                 smem.prefix[base + tid + 1] = cost + weight
                 smem.pieces[base + tid + 1] = pieces + count
@@ -140,7 +141,7 @@ class BuildFixedSchedule(BuildSchedule):
         tid, _, _ = cute.arch.thread_idx()
         batch, max_parts, longest = args.cache_seqlens.shape[0], args.parts.shape[0], Int32(0)
         for place in cutlass.range(tid, smem.bounds[1], self.config.num_threads, unroll=1):
-            longest = cutlass.max(longest, (smem.tiles(place, self.config.item_tiles) - 1) // smem.num_pieces(place) + 1)
+            longest = cutlass.max(longest, (smem.tiles(place, self.config.item_tiles) - 1) // smem.num_pieces(place) + 2)
         limits = smem.prefix[batch], max_parts, self._max(smem, longest), self.config.item_tiles
         _, cost = self._fill(args, smem, limit_of(tid // 32, *limits), False)
         limit = limit_of(self._cheapest(smem, cost), *limits)
@@ -172,7 +173,10 @@ class BuildFixedSchedule(BuildSchedule):
         longest, pieces = Int32(0), Int32(0)
         while ((place < longs) | (short < filled)) & (parts < max_parts):
             if const_expr(keep):
-                smem.cut_request[parts], smem.cut_tile[parts], smem.short[parts] = place, tile, short
+                smem.cut_request[parts], smem.short[parts] = place, short
+                if tile > 0:  # (a piece's edge, where every piece before it has a tile more)
+                    pieces_before = piece_at(self._span(smem, place), smem.num_pieces(place), tile)
+                    smem.cut_tile[parts] = tile - pieces_before
             load, first = Int32(0), smem.prefix[short]
             if place < longs:
                 place, tile, load, split = next_cut(smem.prefix, smem.pieces, longs, place, tile, limit, item_tiles)
@@ -184,6 +188,10 @@ class BuildFixedSchedule(BuildSchedule):
         if (place < longs) | (short < filled):
             cost = Int32(UNFIT)
         return cutlass.max(parts, 1), cost
+
+    def _span(self, smem: Smem, place: Int32):
+        """of the request at `place`, in the tiles that it costs"""
+        return smem.prefix[place + 1] - smem.prefix[place] - self.config.item_tiles
 
     @cute.jit
     def _cuts(self, args: Args, smem: Smem):

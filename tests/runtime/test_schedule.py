@@ -230,13 +230,14 @@ def test_load_balance_of_whole_pieces(problem):
     plan = build_schedule(*problem)
     items = {item.batch for item in plan.items}
     pieces = [end - first for i in items for first, end, _ in pieces_of(plan, i)]
-    sizes = sum(pieces) + item_tiles * len(items), max_parts, max(pieces, default=0), item_tiles
+    sizes = sum(pieces) + len(pieces) + item_tiles * len(items), max_parts, max(pieces, default=-1) + 1, item_tiles
     assert max(span_cost(plan.part(p), item_tiles) for p in range(plan.num_parts)) <= schedule.limit_of(31, *sizes)
 
 
 def span_cost(items, item_tiles):
-    """of a part in the cost model: that of an item for each request"""
-    return sum(item.end - item.first for item in items) + item_tiles * len({item.batch for item in items})
+    """of a part in the cost model: an item for each request, a tile for each piece"""
+    tiles = sum(item.end - item.first + len(item.edges) - 1 for item in items)
+    return tiles + item_tiles * len({item.batch for item in items})
 
 
 @pytest.mark.parametrize("row_tiles, parts, gap", [(1, 132, 1.15), (2, 66, 1.08)])
