@@ -41,9 +41,7 @@ def fp8_config(base: MLAConfig, kv: KVFormat, q_dtype: str, q_terms: int) -> Fp8
     if kv.scales:
         return UpcastConfig(base=base)  # (one kernel for any number of scales)
     q_terms = 1 if q_dtype == kv.dtype else q_terms
-    # (a second term takes the shared memory of the third unit)
-    v_units, open_steps = (2, 16) if q_terms == 2 else (3, 6)
-    return Fp8Config(base=base, kv=kv, q_dtype=q_dtype, q_terms=q_terms, v_units=v_units, open_steps=open_steps)
+    return Fp8Config(base=base, kv=kv, q_dtype=q_dtype, q_terms=q_terms, open_steps=24 if q_terms == 2 else 2)
 
 
 def choose_head_tile(num_queries: int, num_heads: int, num_kv_heads: int, mergeable: bool, ragged: bool = False) -> int:

@@ -191,9 +191,8 @@ class Fp8Config:
     q_dtype: str = "bfloat16"  # float8_e4m3fn: quantised by the caller, with a scale
     q_terms: int = 2  # e4m3 numbers that add up to an element of q: 2 hold bf16 exactly, 1 halves the work of q k^T
 
-    stages: int = 3  # 36 KB slots of the KV ring
-    v_units: int = 2  # 16 KB units, 32 tokens each, that a VALUE warpgroup converts into
-    open_steps: int = 16  # k-steps of q k^T issued before p of the last tile is stored
+    stages: int = 5  # 36 KB slots of the KV ring
+    open_steps: int = 24  # k-steps of q k^T issued before p of the last tile is stored
 
     def __post_init__(self):
         self.check()
@@ -204,13 +203,8 @@ class Fp8Config:
         return 1 if self.q_dtype == self.kv.dtype else 2
 
     @property
-    def has_spare_unit(self) -> bool:
-        """beside those of a tile: half of the next tile can be converted before p v is issued"""
-        return self.v_units == 3
-
-    @property
     def name(self) -> str:
-        tuned = f"s{self.stages}u{self.v_units}o{self.open_steps}"
+        tuned = f"s{self.stages}o{self.open_steps}"
         return f"fp8_{self.q_dtype}x{self.q_terms}_{tuned}_{self.base.name}"
 
     def check(self):
@@ -228,10 +222,9 @@ class Fp8Config:
         need(self.q_terms in (1, 2), f"q_terms is {self.q_terms}; allowed: 1, 2")
         need(self.q_slots == 2 or self.q_terms == 1, f"q_terms is {self.q_terms}; allowed: 1 with q_dtype {self.q_dtype}")
         need(self.stages >= 3, f"stages is {self.stages}; allowed: 3 or more, q takes 2")
-        need(self.v_units in (2, 3), f"v_units is {self.v_units}; allowed: 2, 3")
         need(
-            0 < self.open_steps <= 18 * self.q_terms - 4,
-            f"open_steps is {self.open_steps}; allowed: 1 .. {18 * self.q_terms - 4}",
+            0 < self.open_steps <= 18 * self.q_terms - 1,
+            f"open_steps is {self.open_steps}; allowed: 1 .. {18 * self.q_terms - 1}",
         )
 
 

@@ -4,34 +4,36 @@ The maths, for 64 query rows and KV tiles of 64 tokens; q8, k8 are e4m3, x = q_s
   q       = q_scale(row) * (high + low)                 two e4m3 terms, exact for bf16 (parts/convert.py); or given as e4m3
   s       = (low k8^T + high k8^T) * x(row)             QGMMA m64n64k32: K is used as it lies in the cache
   p, row_max, row_sum, rescale as in dense_decode.py;   p in f16
-  o       = o * rescale + p v16                         v16 = f16(latent), exact; an f16 tile may be MN-major, an e4m3 one not
+  o^T     = o^T * rescale + v16^T p^T                   v16 = f16(latent), exact, in registers (parts/transposed.py)
   out     = o * kv_scale / row_sum
 
-            ring: 3 slots of 64 rows x 576 bytes (36 KB)           SCORE registers: high, low columns 256..575, s, p
+            ring: 5 slots of 64 rows x 576 bytes (36 KB)           SCORE registers: high, low columns 384..575, s, p
   page --> [ latent + rope tile ][ .. ][ .. ] -----------> s = q k^T -- p, rescale --> smem p[2] (8 KB), rescale[2]
-           [ q 0..255 | 512..543 ][ q 256..511 | 544..575 ]  ^- low columns 0..255, 16 KB         |
-                 \\--> VALUE left:  f16 units (32 tokens x 256, 16 KB) --> o[:, 0:256]    <-- p v --+
-                  \\-> VALUE right: f16 units                          --> o[:, 256:512]  <-- p v --/
+           [ q 0..255 | 512..543 ][ q 256..511 | 544..575 ]  ^- low columns 0..383, 24 KB         |
+                 \\--> VALUE left:  v^T columns 0..255, f16, 4 registers a k-step --> o^T[0:256]    <-- p^T --+
+                  \\-> VALUE right: v^T columns 256..511                          --> o^T[256:512]  <-- p^T --/
 An item's slots are: q (two slots of 16-bit columns, or one of e4m3), tile first, .., tile end - 1.
 
-  role         warps  registers  waits on                              signals
-  SCORE        0-3    184        slot_full p_empty                     p_full pv_go slot_empty
-  VALUE_LEFT   4-7    160        slot_full p_full pv_go                p_empty slot_empty
-  VALUE_RIGHT  8-11   160        slot_full p_full pv_go                p_empty slot_empty
-    warp 8     8                 slot_empty                            slot_full, by TMA
+  role         warps  waits on              signals
+  SCORE        0-3    slot_full p_empty     p_full, slot_empty of a q slot
+  VALUE_LEFT   4-7    p_full                p_empty slot_empty
+  VALUE_RIGHT  8-11   p_full                p_empty slot_empty
+    warp 8     8      slot_empty            slot_full, by TMA
+    warp 11    11     before all that: prefetches to the L2 while the kernels before end (parts/ahead.py)
+All have the 168 registers of the launch.
 
-  barrier        arrivals  phase completes when                                          who waits
-  slot_full[3]   1 + tx    the slot's bytes have landed                                  all
-  slot_empty[3]  12        scored and converted; a q slot: 4 SCORE warps x 3             warp 8, to refill it
-  p_full[2]      4         p and rescale of a tile are stored                            VALUE
-  p_empty[2]     8         p and rescale of a tile are consumed                          SCORE
-  pv_go[2]       4         the tensor core is about to be free                           VALUE, without a spare unit
+  barrier        arrivals  phase completes when                             who waits
+  slot_full[5]   1 + tx    the slot's bytes have landed                     SCORE
+  slot_empty[5]  8         8 VALUE warps, or 4 SCORE warps x 2 (q slot)     warp 8, to refill it
+  p_full[2]      4         p and rescale of a tile are stored               VALUE (implies slot_full: s came from it)
+  p_empty[2]     8         p and rescale of a tile are consumed             SCORE
+  begun          1         the kernels before have ended                    nobody: the prefetch asks
 
-Steady state; SCORE's steps are dense_decode.py's S1 .. S5.  VALUE, while p v of tile c - 1 runs:
-  V1 wait p_full of tile c - 1, rescale o, wait pv_go, issue o += p v: two commit groups, one a unit
-  V2 wait slot_full of tile c; convert its first half as soon as a unit is free (with a spare one, before V1), then its second
-  V3 zero the rows of v past the end -> slot_empty;   p v done -> p_empty;   all four warps have converted
-  V4 warp 8: wait slot_empty of tile c, request the slot's next content
+Steady state; SCORE's steps are S1 .. S4 of dense_decode.py, without a cue for p v: it runs beside q k^T.  VALUE:
+  V1 wait p_full; rescale o^T if any row moved; in the last tile zero the tokens past the end
+  V2 16 k-steps of o^T += v^T p^T; while one is under way, the bytes of the next become f16
+  V3 -> p_empty, slot_empty
+  V4 warp 8: wait slot_empty, request the slot's next content
 """
 
 from dataclasses import dataclass
@@ -44,34 +46,35 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from .config import SMEM_LIMIT, TILE, Fp8Config
-from .parts.convert import HIGH_STEPS, LOW_STEPS, UNIT_BYTES, UNIT_TOKENS, Converter, QuerySlots
+from .parts.ahead import Guess
+from .parts.convert import HIGH_STEPS, LOW_STEPS, QuerySlots
 from .parts.handover import publish, store_fragment, store_row_values
 from .parts.loads import PairLoad, TmaOperand, cache_load, cache_operand, query_load, query_operand
 from .parts.mask import Mask
 from .parts.ptx import opaque, uniform
 from .parts.requests import Refill
-from .parts.results import Outputs, join_sink, read_item, store_item_lse, store_item_o
+from .parts.results import Outputs, join_sink, read_item, store_item_columns, store_item_lse
 from .parts.rows import RowTile, num_row_tiles
-from .parts.softmax import LOG2_E, OnlineSoftmax, rescale_rows, soft_cap
+from .parts.softmax import LOG2_E, OnlineSoftmax, soft_cap
 from .parts.sync import BarrierTable, RingPos, arrive, warp_arrivals
-from .parts.tiles import BLOCK, TYPES, column_blocks, fragment_row, swizzled, thread_in_warpgroup
+from .parts.tiles import BLOCK, TYPES, column_blocks, swizzled, thread_in_warpgroup
+from .parts.transposed import BLOCKS, Columns, rescale_columns, to_operand
 from .parts.work import RECORD, Work, record_of, record_slots
 
 F8 = Float8E4M3FN
 PAIRS = 256  # 16-bit columns of a ring slot's latent part
 ROPE_PAIRS = 32
 BLOCK_STEPS = 4  # k-steps of a 128-byte block
-LAST_STEPS = 4  # k-steps in S4's second commit group; pv_go is sent when the first is done
 P_SLOTS = 2
 INV_SLOTS = 4  # SCORE may be two one-tile items ahead of a VALUE warp that has yet to read inv_sum
 SCORE_WARPS, VALUE_WARPS = 4, 8
 REFILL_WARP = 8
+AHEAD_WARP = 11  # has nothing to do until the first tile is there
 SMEM, RMEM = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 
 
 class NamedBarrier(IntEnum):
-    CONVERTED = 1  # + half
-    LOW_TERM = 3
+    LOW_TERM = 1
 
 
 # ---------------------------------------------------------------------- bundles
@@ -112,13 +115,12 @@ class Smem:
     q: cute.Tensor  # (row, 256, stage)
     q_rope: cute.Tensor  # (row, 32, stage)
     low: cute.Tensor | None  # (row, 256, 1), low term of q columns 0..255
-    v: cute.Tensor  # (token, 256, half x unit)
     p: cute.Tensor  # (row, token, 2)
     rescale: cute.Tensor  # (row, 2)
     inv_sum: cute.Tensor  # (row, INV_SLOTS)
     item: cute.Tensor  # (RECORD, record slot)
     anchor: cute.Tensor  # (thread of SCORE,), never read
-    raw: tuple  # unswizzled pointers of ring, rope, low, v
+    raw: tuple  # unswizzled pointers of ring, rope, low
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Barriers(BarrierTable):
     slot_empty: cute.Pointer
     p_full: cute.Pointer
     p_empty: cute.Pointer
-    pv_go: cute.Pointer
+    begun: cute.Pointer
 
     @classmethod
     def table(cls, config):
@@ -138,10 +140,10 @@ class Barriers(BarrierTable):
         score, value = warp_arrivals(SCORE_WARPS, lanes), warp_arrivals(VALUE_WARPS, lanes)
         return dict(
             slot_full=(config.stages, warp_arrivals(1, True) + 1 if lanes else 1),
-            slot_empty=(config.stages, score + value),
+            slot_empty=(config.stages, value),
             p_full=(P_SLOTS, score),
             p_empty=(P_SLOTS, value),
-            pv_go=(P_SLOTS, score),
+            begun=(1, 1),
         )
 
 
@@ -155,11 +157,6 @@ def mma_fragment(source):
     return warpgroup.MmaF16BF16Op(Float16, Float32, (TILE, TILE, 16), source, OperandMajorMode.K, OperandMajorMode.K)
 
 
-def mma_pv(config):
-    shape = (TILE, config.kv.latent // 2, 16)
-    return warpgroup.MmaF16BF16Op(Float16, Float32, shape, SMEM, OperandMajorMode.K, OperandMajorMode.MN)
-
-
 def allocate(config):
     low_columns = 32 * LOW_STEPS if config.q_terms == 2 else 0
     q_type = TYPES[config.q_dtype] if config.q_slots == 2 else Float16
@@ -170,7 +167,6 @@ def allocate(config):
         ring: elements(Float16, config.stages * TILE * PAIRS)
         rope: elements(Float16, config.stages * TILE * ROPE_PAIRS)
         low: elements(F8, TILE * low_columns)
-        v: elements(Float16, 2 * config.v_units * UNIT_TOKENS * 256)
         p: elements(Float16, P_SLOTS * TILE * TILE)
         rescale: cute.struct.MemRange[Float32, P_SLOTS * TILE]
         inv_sum: cute.struct.MemRange[Float32, INV_SLOTS * TILE]
@@ -194,13 +190,12 @@ def allocate(config):
         q=view(storage.ring, q_type, TILE, PAIRS, n),
         q_rope=view(storage.rope, q_type, TILE, ROPE_PAIRS, n),
         low=view(storage.low, F8, TILE, low_columns, 1) if low_columns else None,
-        v=view(storage.v, Float16, UNIT_TOKENS, 256, 2 * config.v_units),
         p=view(storage.p, Float16, TILE, TILE, P_SLOTS),
         rescale=plain(storage.rescale, TILE, P_SLOTS),
         inv_sum=plain(storage.inv_sum, TILE, INV_SLOTS),
         item=plain(storage.item, RECORD, record_slots(config.stages)),
         anchor=plain(storage.anchor, 32 * SCORE_WARPS),
-        raw=tuple(field.data_ptr() for field in (storage.ring, storage.rope, storage.low, storage.v)),
+        raw=tuple(field.data_ptr() for field in (storage.ring, storage.rope, storage.low)),
     )
     return smem, Barriers.carve(config, storage.bars.data_ptr())
 
@@ -302,30 +297,40 @@ class Fp8Decode:
                 bars.init(self.config)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
-        cute.arch.griddepcontrol_launch_dependents()
+        config, base = self.config, self.config.base
         row_tile, part, _ = cute.arch.block_idx()
         _, s_q, h_q, _ = args.result.o_split.shape
-        rows = RowTile.of(self.config.base.head_tile, row_tile, s_q, h_q, args.h_kv)
-        work = Work.of(args.items, args.parts, part, rows, self.config.base.ragged)
+        rows = RowTile.of(base.head_tile, row_tile, s_q, h_q, args.h_kv)
+        guess = Guess.read(args.parts, part, base.page, args.block_table)
+        if warp_idx == AHEAD_WARP:
+            tile = self._tile_load(args, smem, bars, rows)
+            guess.prefetch((tile.first, tile.second), config.stages - config.q_slots, row_tile, bars.begun)
+        cute.arch.griddepcontrol_wait()  # q, cache, schedule and lengths may come from the kernels before
+        cute.arch.griddepcontrol_launch_dependents()
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(bars.begun)
+        work = Work.of(args.items, args.parts, part, rows, base.ragged, guess, warp_idx == REFILL_WARP)
         if warp_idx < SCORE_WARPS:
-            cute.arch.setmaxregister_increase(self.config.base.score_registers)
             if work.count > 0:
                 self.score(args, smem, bars, work, rows)
         else:
-            cute.arch.setmaxregister_decrease(self.config.base.value_registers)
             if work.count > 0:
                 if warp_idx < REFILL_WARP:
                     self.value(0, args, smem, bars, work, rows)
                 else:
                     self.value(1, args, smem, bars, work, rows)
 
+    def _tile_load(self, args, smem, bars, rows):
+        base, full = self.config.base, bars.slot_full
+        return PairLoad(
+            cache_load(base, args.latent, rows, smem.ring, full), cache_load(base, args.rope, rows, smem.rope, full)
+        )
+
     def _refill(self, args, smem, bars, work, rows):
         base, full = self.config.base, bars.slot_full
         q = PairLoad(query_load(base, args.q, rows, smem.q, full), query_load(base, args.q_rope, rows, smem.q_rope, full))
-        tile = PairLoad(
-            cache_load(base, args.latent, rows, smem.ring, full), cache_load(base, args.rope, rows, smem.rope, full)
-        )
+        tile = self._tile_load(args, smem, bars, rows)
         return Refill(q, tile, base.page, args.block_table, work, smem.item, bars.slot_empty, self.config.q_slots)
 
     # ------------------------------------------------------------------ role SCORE
@@ -355,7 +360,7 @@ class Fp8Decode:
 
             self._open_qk(x, bars, pos)  # first tile: no S1, S3
             self._close_qk(x, pos)
-            self._await_qk(bars, pos, p, False)
+            warpgroup.wait_group(0)
             pos = pos.next(config.stages)
             for tile in cutlass.range(item.first, item.end - 1, unroll=1):
                 self._cap(x, rCap)
@@ -366,7 +371,7 @@ class Fp8Decode:
                 self._store_p(x.rP, softmax.rescale, smem, bars, p)  # S3
                 publish(bars.p_full + p.stage, config.base.lane_arrivals)
                 self._close_qk(x, pos)  # S4
-                self._await_qk(bars, pos, p, True)  # S5
+                warpgroup.wait_group(0)
                 pos, p = pos.next(config.stages), p.next(P_SLOTS)
             self._cap(x, rCap)
             mask.apply(x.rS, item.end - 1, clear)  # last tile: no S2, S4, S5
@@ -378,7 +383,6 @@ class Fp8Decode:
             self._store_p(x.rP, softmax.rescale, smem, bars, p)
             store_row_values(inv_sum, smem.inv_sum[None, it % INV_SLOTS])
             publish(bars.p_full + p.stage, config.base.lane_arrivals)
-            arrive(bars.pv_go + p.stage, config.base.lane_arrivals)
             p = p.next(P_SLOTS)
             store_item_lse(base, softmax, args.result, item, item_rows)
 
@@ -406,7 +410,7 @@ class Fp8Decode:
             source = self._block(smem, j, pos.stage)
             cute.copy(atom, copy.partition_S(source), copy.retile(cute.recast_tensor(x.rHigh[j], Float16)))
         cute.arch.sync_warp()
-        arrive(bars.slot_empty + pos.stage, self.config.base.lane_arrivals, 1 + VALUE_WARPS // SCORE_WARPS)
+        arrive(bars.slot_empty + pos.stage, self.config.base.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
 
     def _block(self, smem, j, stage):
         """128-byte block j of a slot; 4: the rope part"""
@@ -416,7 +420,7 @@ class Fp8Decode:
     def _quantise_q(self, x: ScoreTiles, rScale, smem: Smem, bars: Barriers, stages):
         """q given in 16 bits: its two slots -> one or two e4m3 terms in registers and smem, and hand the slots back"""
         config = self.config
-        slots = QuerySlots.make(*smem.raw[:3], stages, TYPES[config.q_dtype])
+        slots = QuerySlots.make(*smem.raw, stages, TYPES[config.q_dtype])
         scales = slots.row_scales(rScale)
         self._sync_score()  # no warp's q k^T reads the low term of the item before
         for j in cutlass.range_constexpr(5):
@@ -426,7 +430,7 @@ class Fp8Decode:
         cute.arch.fence_proxy("async.shared", space="cta")
         self._sync_score()
         for stage in stages:
-            arrive(bars.slot_empty + stage, config.base.lane_arrivals, 1 + VALUE_WARPS // SCORE_WARPS)
+            arrive(bars.slot_empty + stage, config.base.lane_arrivals, VALUE_WARPS // SCORE_WARPS)
 
     @cute.jit
     def _sync_score(self):
@@ -446,12 +450,9 @@ class Fp8Decode:
 
     @cute.jit
     def _close_qk(self, x: ScoreTiles, pos: RingPos):
-        """S4, in two commit groups: the end of the first one is the cue for p v"""
-        total = num_steps(self.config)
+        """S4"""
         warpgroup.fence()
-        self._steps(x, pos.stage, self.config.open_steps, total - LAST_STEPS)
-        warpgroup.commit_group()
-        self._steps(x, pos.stage, total - LAST_STEPS, total)
+        self._steps(x, pos.stage, self.config.open_steps, num_steps(self.config))
         warpgroup.commit_group()
 
     @cute.jit
@@ -473,14 +474,6 @@ class Fp8Decode:
                 cute.gemm(rs, x.rS, blocks[at // BLOCK_STEPS][None, None, at % BLOCK_STEPS], tB, x.rS)
 
     @cute.jit
-    def _await_qk(self, bars: Barriers, pos: RingPos, p: RingPos, p_pending: Constexpr[bool]):
-        if const_expr(p_pending):
-            warpgroup.wait_group(1)
-            arrive(bars.pv_go + p.stage, self.config.base.lane_arrivals)
-        warpgroup.wait_group(0)
-        arrive(bars.slot_empty + pos.stage, self.config.base.lane_arrivals)
-
-    @cute.jit
     def _store_p(self, rP, rRescale, smem: Smem, bars: Barriers, p: RingPos):
         cute.arch.mbarrier_wait(bars.p_empty + p.stage, p.phase ^ 1)  # passes at once for the very first two tiles
         store_fragment(rP, smem.p[None, None, p.stage], cute.make_tiled_mma(mma_fragment(SMEM)))
@@ -489,18 +482,12 @@ class Fp8Decode:
     # ------------------------------------------------------------------ roles VALUE_LEFT (half 0) and VALUE_RIGHT (half 1)
     @cute.jit
     def value(self, half: Constexpr[int], args: Args, smem: Smem, bars: Barriers, work: Work, rows: RowTile):
-        config, base, units = self.config, self.config.base, self.config.v_units
-        w = cute.make_tiled_mma(mma_pv(config)).get_slice(0)
-        # v = latent^T: the same memory read as (column, token)
-        transposed = cute.make_ordered_layout((256, UNIT_TOKENS, 2 * units), order=(1, 0, 2))
-        tV, tP = (
-            w.make_fragment_B(w.partition_B(cute.composition(smem.v, transposed))),
-            w.make_fragment_A(w.partition_A(smem.p)),
-        )
-        rO = cute.make_rmem_tensor(w.partition_shape_C((TILE, 256)), Float32)
+        config, base = self.config, self.config.base
+        w = cute.make_tiled_mma(mma_fragment(RMEM)).get_slice(0)
+        tP = w.make_fragment_B(w.partition_B(smem.p))  # p^T: its K is the token, as it lies
+        rO = tuple(cute.make_rmem_tensor(w.partition_shape_C((TILE, TILE)), Float32) for _ in range(BLOCKS))
         warp_idx = uniform(cute.arch.warp_idx())
-        blocks = smem.raw[3].toint() + half * units * UNIT_BYTES + (warp_idx & 3) * (UNIT_TOKENS * 128)
-        converter = Converter.make(warp_idx - SCORE_WARPS, smem.raw[0], blocks, base.box_tokens)
+        columns = Columns.make(warp_idx - SCORE_WARPS, smem.raw[0], base.box_tokens)
         loads, cursor = None, None
         if const_expr(half == 1):
             loads = self._refill(args, smem, bars, work, rows)
@@ -510,56 +497,28 @@ class Fp8Decode:
                     cursor = loads.request(cursor, stage)
                 for slot in cutlass.range(config.q_slots, unroll=1):
                     cursor = loads.wait_and_request(cursor, RingPos(slot, Int32(0)))
-        pos, p, unit = RingPos(Int32(config.q_slots), Int32(0)), RingPos(Int32(0), Int32(0)), Int32(0)
+        pos, p = RingPos(Int32(config.q_slots), Int32(0)), RingPos(Int32(0), Int32(0))
         for it in cutlass.range(work.count, unroll=1):
-            rO.fill(0.0)
-            cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)  # the item's record has landed too
+            for block in cutlass.range_constexpr(BLOCKS):
+                rO[block].fill(0.0)
+            cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)  # the item's record has landed too
             item, item_rows = read_item(base, args.result, record_of(smem.item, it), rows)
-            self._sync(half)  # no warp's p v reads the units any more
-            converter.run(pos.stage, unit * UNIT_BYTES, 0)
-            converter.run(pos.stage, self._unit(unit, 1) * UNIT_BYTES, 1)
-            self._release(converter, bars, pos.stage, unit, item.seqlen - item.first * TILE)
-            self._sync(half)
-            cursor = self._refresh(loads, cursor, warp_idx, pos)
-            pos = pos.next(config.stages)
-            for tile in cutlass.range(item.first + 1, item.end, unroll=1):
-                after = self._unit(unit, 2)
-                if config.has_spare_unit:
-                    if config.q_slots == 2 and tile == item.first + 1:
-                        # (its slot was q's: before q has landed, a wait for the phase after q's would pass)
-                        cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)
-                    self._convert_first(converter, bars, pos, after)
-                self._accumulate(half, rO, tP, tV, smem, bars, (p, unit))  # V1, of the tile before
-                if const_expr(units == 2):
-                    warpgroup.wait_group(1)
-                    self._sync(half)
-                if not config.has_spare_unit:
-                    self._convert_first(converter, bars, pos, after)  # V2
-                warpgroup.wait_group(units - 2)
-                self._sync(half)
-                converter.run(pos.stage, self._unit(after, 1) * UNIT_BYTES, 1)
-                self._release(converter, bars, pos.stage, after, item.seqlen - tile * TILE)  # V3
-                warpgroup.wait_group(0)
-                arrive(bars.p_empty + p.stage, config.base.lane_arrivals)
-                self._sync(half)
+            for tile in cutlass.range(item.first, item.end, unroll=1):
+                cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)  # V1
+                rescale_columns(rO, smem.rescale[None, p.stage])
+                if tile * TILE + TILE > item.seqlen:
+                    columns.zero_tail(pos.stage, item.seqlen - tile * TILE)
+                self._accumulate(rO, tP[None, None, None, p.stage], columns, pos.stage)  # V2
+                arrive(bars.p_empty + p.stage, base.lane_arrivals)  # V3
+                arrive(bars.slot_empty + pos.stage, base.lane_arrivals)
                 cursor = self._refresh(loads, cursor, warp_idx, pos)  # V4
-                pos, p, unit = pos.next(config.stages), p.next(P_SLOTS), after
-            self._accumulate(half, rO, tP, tV, smem, bars, (p, unit))
-            warpgroup.wait_group(0)
-            arrive(bars.p_empty + p.stage, config.base.lane_arrivals)
-            p, unit = p.next(P_SLOTS), self._unit(unit, 2)
-            row = fragment_row(thread_in_warpgroup())
-            inv_sum = (smem.inv_sum[row, it % INV_SLOTS], smem.inv_sum[row + 8, it % INV_SLOTS])
-            store_item_o(base, half, rO, inv_sum, args.result, item, item_rows)
+                pos, p = pos.next(config.stages), p.next(P_SLOTS)
             for _ in cutlass.range(config.q_slots, unroll=1):  # the next item's q, which SCORE quantises meanwhile
                 if it + 1 < work.count:
                     cursor = self._refresh(loads, cursor, warp_idx, pos)
                 pos = pos.next(config.stages)
-
-    @cute.jit
-    def _convert_first(self, converter: Converter, bars: Barriers, pos: RingPos, unit: Int32):
-        cute.arch.mbarrier_wait(bars.slot_full + pos.stage, pos.phase)
-        converter.run(pos.stage, unit * UNIT_BYTES, 0)
+            first = (warp_idx - SCORE_WARPS) * (16 * BLOCKS)
+            store_item_columns(base, first, rO, smem.inv_sum[None, it % INV_SLOTS], args.result, item, item_rows)
 
     @cute.jit
     def _refresh(self, loads, cursor, warp_idx: Int32, pos: RingPos):
@@ -570,41 +529,22 @@ class Fp8Decode:
         return cursor
 
     @cute.jit
-    def _sync(self, half: Constexpr[int]):
-        cute.arch.barrier(barrier_id=NamedBarrier.CONVERTED + half, number_of_threads=128)
-
-    @cute.jit
-    def _unit(self, unit: Int32, k: Constexpr[int]) -> Int32:
-        """unit + k in the ring of units"""
-        after = unit + k - self.config.v_units
-        return after + self.config.v_units if after < 0 else after
-
-    @cute.jit
-    def _release(self, converter: Converter, bars: Barriers, stage: Int32, unit: Int32, valid: Int32):
-        """the slot has been read, the tile lies in two units"""
-        cute.arch.sync_warp()
-        arrive(bars.slot_empty + stage, self.config.base.lane_arrivals)
-        if valid < TILE:
-            converter.zero_rows((unit * UNIT_BYTES, self._unit(unit, 1) * UNIT_BYTES), valid)
-        cute.arch.fence_proxy("async.shared", space="cta")
-
-    @cute.jit
-    def _accumulate(self, half: Constexpr[int], rO, tP, tV, smem: Smem, bars: Barriers, at):
-        """V1: two commit groups, one a unit"""
-        p, unit = at
-        row = fragment_row(thread_in_warpgroup())
-        cute.arch.mbarrier_wait(bars.p_full + p.stage, p.phase)
-        rescale_rows(rO, smem.rescale[row, p.stage], smem.rescale[row + 8, p.stage])
-        if not self.config.has_spare_unit:  # (waiting or not, us at b128 h128 s8192: 2 units 472, 545; 3 units 393, 387)
-            cute.arch.mbarrier_wait(bars.pv_go + p.stage, p.phase)
-        mma = cute.make_mma_atom(mma_pv(self.config))
+    def _accumulate(self, rO, tP, columns: Columns, stage: Int32):
+        """V2: two k-steps in flight, one group each (three do not fit, and ptxas would serialise them all)"""
+        mma = cute.make_mma_atom(mma_fragment(RMEM))
         mma.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.fence()
-        for k in cutlass.range_constexpr(TILE // 16):
-            at_unit = half * self.config.v_units + self._unit(unit, k // 2)
-            cute.gemm(mma, rO, tP[None, None, k, p.stage], tV[None, None, k % 2, at_unit], rO)
-            if const_expr(k % 2 == 1):
-                warpgroup.commit_group()
+        shape = cute.make_tiled_mma(mma_fragment(RMEM)).partition_shape_A((TILE, 16))
+        steps = [(block, k) for block in range(BLOCKS) for k in range(TILE // 16)]
+        raw = columns.load(stage, *steps[0])
+        for i in cutlass.range_constexpr(len(steps)):
+            (block, k), left, rV = steps[i], len(steps) - 1 - i, cute.make_rmem_tensor(shape, Float16)
+            to_operand(raw, rV)
+            if const_expr(left > 0):
+                raw = columns.load(stage, *steps[i + 1])
+            warpgroup.fence()
+            cute.gemm(mma, rO[block], rV[None, None, 0], tP[None, None, k], rO[block])
+            warpgroup.commit_group()
+            warpgroup.wait_group(min(1, left))
 
 
 # ---------------------------------------------------------------------- compile-time signature

@@ -86,7 +86,7 @@ SCHEDULE = [op(config) for op in (ops.ScheduleOp, ops.RaggedScheduleOp) for conf
 MERGE = [ops.MergeOp(MLAConfig(kv=kv, causal=False, split=kv.dtype)) for kv in FORMATS.values()]
 APPEND = [*(ops.AppendOp(MLAConfig(kv=kv, causal=False)) for kv in FORMATS.values()), *FP8_APPEND]
 STARVED = ops.DecodeOp(replace(PRESETS[0], value_registers=152))
-TOO_MUCH_MEMORY = [ops.DecodeOp(replace(PRESETS[0], stages=4)), ops.Fp8DecodeOp(Fp8Config(v_units=3))]
+TOO_MUCH_MEMORY = [ops.DecodeOp(replace(PRESETS[0], stages=4)), ops.Fp8DecodeOp(Fp8Config(stages=6))]
 
 
 def label(op):
@@ -118,7 +118,10 @@ def test_fits(gate, op):
 def test_decode_launches_with_the_registers_that_setmaxnreg_moves(gate, op):
     kernels, attention = gate(op).kernels, ATTENTION[type(op.config)]
     assert set(kernels) == {attention, "Combine"}
-    assert kernels[attention].registers == LAUNCH_REGISTERS
+    if attention == "Fp8Decode":  # its roles keep those of the launch
+        assert kernels[attention].registers <= LAUNCH_REGISTERS
+    else:
+        assert kernels[attention].registers == LAUNCH_REGISTERS
     assert kernels[attention].smem > SMEM_LIMIT // 2, "the register budgets assume one CTA an SM"
 
 

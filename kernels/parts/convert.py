@@ -1,4 +1,4 @@
-"""e4m3 -> f16, exact or times a token's scales, and 16-bit floats -> one or two e4m3 terms."""
+"""e4m3 times a token's scales -> f16, and 16-bit floats -> one or two e4m3 terms."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +12,6 @@ from .ptx import lane_value, max_magnitude, one_term, opaque, scale_factors, sca
 from .tiles import fragment_row, thread_in_warpgroup
 
 UNIT_TOKENS = 32
-UNIT_BYTES = UNIT_TOKENS * 256 * 2
 ROWS = 8  # of the swizzle's pattern: a thread's rows are 8 apart
 IN_FLIGHT = 2  # 16-byte loads of a thread; 4 spill
 
@@ -29,11 +28,11 @@ class Converter:
 
     source: Int32  # shared addresses of my first row in slot 0 and in the f16 tokens at 0
     target: Int32
-    scale: Int32 | None  # of my first row's scale for my columns in slot 0
+    scale: Int32  # of my first row's scale for my columns in slot 0
     group_bytes: Constexpr[int]  # from 8 rows of a slot to the next 8
 
     @classmethod
-    def make(cls, warp, ring, blocks, box_tokens, scales=None):
+    def make(cls, warp, ring, blocks, box_tokens, scales):
         """warp: of both warpgroups, 0..7; ring, scales: unswizzled pointers; blocks: shared address of this warp's f16 column
         block; box_tokens: of a TMA box of the ring"""
         lane, by_rows = cute.arch.lane_idx(), box_tokens < TILE
@@ -43,7 +42,7 @@ class Converter:
         target = blocks + row * 128 + ((2 * (lane & 3)) ^ row) * 16
         # (a shuffle to one's own lane: ptxas looks through mov, and would compute these again for every tile)
         kept = lambda address: lane_value(address, lane)
-        scale = None if scales is None else kept(scales.toint() + row * SCALE_BYTES + (warp >> 1) * 4)
+        scale = kept(scales.toint() + row * SCALE_BYTES + (warp >> 1) * 4)
         return cls(kept(source), kept(target), scale, ROWS * 512 if by_rows else ROWS * 128)
 
     @cute.jit
@@ -58,8 +57,7 @@ class Converter:
             for i in cutlass.range_constexpr(IN_FLIGHT):
                 v = cute.make_rmem_tensor(16, Float16)
                 v.store(raw[i].load().to(Float16))
-                if const_expr(self.scale is not None):
-                    self._apply_scale(v, slot * TILE + part * UNIT_TOKENS + ROWS * (first + i))
+                self._apply_scale(v, slot * TILE + part * UNIT_TOKENS + ROWS * (first + i))
                 for chunk in cutlass.range_constexpr(2):
                     to = (target ^ (16 * chunk)) + (first + i) * (ROWS * 128)
                     cute.autovec_copy(cute.local_tile(v, (8,), (chunk,)), _vector(Float16, to, 8))
@@ -86,7 +84,7 @@ class Converter:
 # ---------------------------------------------------------------------- 16-bit floats -> e4m3
 SLOT_COLUMNS = 256  # of a 16-bit q in a ring slot, and 32 of its rope columns
 HIGH_STEPS = 18  # k-steps of 32 columns: 8 in either slot, then one in either slot's rope part
-LOW_STEPS = 8  # of the low term that go to smem; the register file has no room for more than the other 10
+LOW_STEPS = 12  # of the low term that go to smem; SCORE has no registers for more than the other 6 (10 fit into 184, not 168)
 BLOCK_BYTES = TILE * 128
 
 

@@ -80,6 +80,19 @@ def scaled_pair(pair, mantissas, powers):
     return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, mantissas, powers])
 
 
+def transposed_halves(word):
+    """e4m3 (a0 b0 a1 b1), lowest byte first -> two pairs of f16, (a0 a1) and (b0 b1)"""
+    code = "{ .reg .b32 w; .reg .b16 a, b; prmt.b32 w, {$r0}, 0, 0x3120; mov.b32 {a, b}, w; "
+    code += "cvt.rn.f16x2.e4m3x2 {$w0}, a; cvt.rn.f16x2.e4m3x2 {$w1}, b; }"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[word])
+
+
+def transposed_matrices(address):
+    """ldmatrix.trans of two matrices of 8 x 16 bytes; address: per lane, of row `lane` % 16"""
+    code = "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {{$w0}, {$w1}}, [{$r0}];"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32, Int32], read_only_args=[address])
+
+
 def opaque(x):
     """The same value, but LLVM cannot hoist what is computed from it: addresses do not occupy registers across the loop."""
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
