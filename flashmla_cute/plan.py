@@ -44,9 +44,10 @@ class DecodePlan:
 
     batch_invariant: how a request is cut depends on its own length alone, and its pieces are merged in one order: out and lse
     have the same bits whatever else is in the batch, and wherever in it.  A request of n tokens is cut into at most
-    32, and about max(sqrt(9 / 32 * n / 64 / row tiles), n / 3072), pieces, each with a partial result: the workspace grows with
-    batch and capacity.  Deployments that always decode large batches of similar lengths want fewer:
-    config=ScheduleConfig(max_pieces=2).
+    32, and about max(sqrt(9 / 32 * n / 64 / row tiles), n / 2304), pieces.  A CTA that has all of a request's pieces joins
+    them over a slot of its own; those of requests that several CTAs share, fewer than CTAs, have a partial result each (with
+    partials=float32 and over e4m3 caches all pieces do: the workspace then grows with batch and capacity).  Deployments that
+    always decode large batches of similar lengths want fewer: config=ScheduleConfig(max_pieces=2).
 
     options: sliding window, softcap, float32 out, and how lse is written (kernels/config.py); each combination compiles once.
 
