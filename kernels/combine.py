@@ -122,10 +122,14 @@ class Combine:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         while index < units:
-            self._merge(args, groups, unit, most == 1)
+            self._merge(args, groups, unit, self._fixed(most))
             index += num_ctas * WARPS
             if index < units:
                 unit = self._locate(args, groups, index, units)
+
+    def _fixed(self, most: Int32) -> Boolean:
+        """whether pieces are joined one by one; those that GPUs exchange in bfloat16 are not"""
+        return Boolean(False) if self.config.split == "bfloat16" else most == 1
 
     def _allocate(self):
         """(thread,), never read"""
