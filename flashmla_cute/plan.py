@@ -92,7 +92,7 @@ class DecodePlan:
         config = config or (BATCH_INVARIANT if batch_invariant else ScheduleConfig())
         fixed = config.max_pieces > 0
         need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
-        if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:  # what the kernel can gather
+        if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:  # what the kernel can join
             config = replace(config, runs=1)
         self.fixed_pieces = config.runs > 0
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")

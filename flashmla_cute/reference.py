@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from .kernels.config import PLAIN, TILE, DecodeOptions
-from .schedule import Merge, Schedule
+from .schedule import Schedule
 
 
 def gather(pool: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
@@ -125,29 +125,27 @@ def emulate_decode(
         else:
             out[request], lse[request] = o, l
 
-    merges = list(schedule.merges)
-    for item in schedule.items:
-        k = gather(pool, block_table[item.batch], item.seqlen)
-        mine = q[item.token : item.token + item.num_queries] if ragged else q[item.batch]
-        s, owner = scores(mine, k, softmax_scale, causal, options), item.token if ragged else item.batch
-        for i, (first, end) in enumerate(pairwise(item.edges)):
-            span = slice(first * TILE, min(end * TILE, item.seqlen))
-            o, l = softmax_times(s[..., span], k[span, :, :latent])
-            if item.slot < 0:
-                write(owner, item.num_queries, o * sink_share(l, sink), l)
-            else:
-                pieces[item.slot + i] = o, l
-        if item.gathers:
-            merges.append(Merge(owner, item.slot, len(item.edges) - 1, item.num_queries))
-    for merge in merges:
-        mine = [pieces.pop(slot) for slot in merge.slots()]
-        if not mine:
-            write(merge.batch, merge.num_queries, 0.0, float("-inf"))
-            continue
+    def merge(request, num_queries, mine):
         o, l = torch.stack([o for o, _ in mine]), torch.stack([l for _, l in mine])
         total = torch.logsumexp(l, 0)
         weight = torch.exp(l - torch.where(total.isinf(), torch.zeros_like(total), total))
         o = (weight.transpose(1, 2)[..., None] * o).sum(0)
-        write(merge.batch, merge.num_queries, o * sink_share(total, sink), total)
+        write(request, num_queries, o * sink_share(total, sink), total)
+
+    for item in schedule.items:
+        k = gather(pool, block_table[item.batch], item.seqlen)
+        mine = q[item.token : item.token + item.num_queries] if ragged else q[item.batch]
+        s, owner = scores(mine, k, softmax_scale, causal, options), item.token if ragged else item.batch
+        spans = (slice(first * TILE, min(end * TILE, item.seqlen)) for first, end in pairwise(item.edges))
+        mine = [softmax_times(s[..., span], k[span, :, :latent]) for span in spans]
+        if item.slot < 0 or item.joins:
+            merge(owner, item.num_queries, mine)
+        else:
+            pieces |= {item.slot + i: piece for i, piece in enumerate(mine)}
+    for listed in schedule.merges:
+        if listed.pieces:
+            merge(listed.batch, listed.num_queries, [pieces.pop(slot) for slot in listed.slots()])
+        else:
+            write(listed.batch, listed.num_queries, 0.0, float("-inf"))
     assert not pieces, f"partial results that nothing merges: slots {sorted(pieces)}"
     return out, lse

@@ -33,7 +33,7 @@ class Item:
     pieces: int = 0  # packed lengths of its pieces, see pack_pieces; 0: one piece
 
     @property
-    def gathers(self) -> bool:
+    def joins(self) -> bool:
         """it is the whole request, whose pieces are joined where it is computed"""
         return self.pieces < 0
 
@@ -101,10 +101,10 @@ def piece_edge(tiles: int, pieces: int, i: int) -> int:
     return tiles // pieces * i + min(tiles % pieces, i)
 
 
-def pack_pieces(tiles: int, pieces: int, first: int, gathers: bool) -> int:
+def pack_pieces(tiles: int, pieces: int, first: int, joins: bool) -> int:
     """how long the pieces from `first` on are: so many of a tile more, then of tiles // pieces"""
     packed = (tiles // pieces << PIECE_SHIFT) + max(tiles % pieces - first, 0)
-    return -packed if gathers else packed
+    return -packed if joins else packed
 
 
 def limit_of(i: int, total: int, max_parts: int, longest: int, item_tiles: int) -> int:

@@ -289,7 +289,7 @@ class ScheduleConfig:
     piece_gain: int = 9  # such a request of n tiles has sqrt(piece_gain / 32 * n / row tiles) pieces,
     piece_tiles: int = 36  # or as many of this length as it holds, if that is more
     runs: int = 0  # 1: an item may be several pieces, and a request that is one joins its own; 0: a piece is an item
-    max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request
+    max_batch: int = 16384  # prefix sums lie in shared memory, 8 bytes a request (fixed pieces: 12)
     num_threads: int = 1024
 
     def __post_init__(self):

@@ -84,7 +84,13 @@ def problems(draw):
         causal=draw(st.booleans()),
         max_parts=draw(st.integers(1, 20)),
         row_tiles=draw(st.integers(1, 3)),
-        config=ScheduleConfig(item_tiles=draw(st.integers(0, 4)), tile_cost=draw(st.sampled_from([0, 1, 20, 1000]))),
+        config=ScheduleConfig(
+            item_tiles=draw(st.integers(0, 4)),
+            tile_cost=draw(st.sampled_from([0, 1, 20, 1000])),
+            max_pieces=draw(st.sampled_from([0, 0, 2, 32])),
+            piece_tiles=draw(st.sampled_from([2, 36])),
+            runs=draw(st.integers(0, 1)),
+        ),
         gain=draw(st.sampled_from([0.0, 1.0, 100.0])),
         seed=draw(st.integers(0, 1000)),
     )

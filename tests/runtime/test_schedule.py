@@ -57,7 +57,7 @@ def prefix_of(tiles, item_tiles):
 
 def slots_of(item):
     """of the partial results of its pieces"""
-    return [] if item.gathers else [item.slot + i for i in range(len(item.edges) - 1)]
+    return [] if item.joins else [item.slot + i for i in range(len(item.edges) - 1)]
 
 
 def part_cost(items, item_tiles):
@@ -91,7 +91,7 @@ def test_pieces_have_slots_of_their_own_and_are_merged(problem):
     lengths, row_tiles, max_parts, config, max_tokens, reach = problem
     plan = build_schedule(*problem)
     slots = [slot for item in plan.items for slot in slots_of(item) if slot >= 0]
-    slots += {item.slot for item in plan.items if item.gathers}  # of a part, for all its items
+    slots += {item.slot for item in plan.items if item.joins}  # of a part, for all its items
     assert len(set(slots)) == len(slots)
     sizes = len(lengths), row_tiles, max_parts, max(tiles_of(lengths, max_tokens, reach)), config
     assert all(0 <= slot < schedule.num_slots(*sizes) for slot in slots)
@@ -101,7 +101,7 @@ def test_pieces_have_slots_of_their_own_and_are_merged(problem):
     assert all((slot < 0) == (len(mine) == 1) for mine in pieces.values() for slot in mine)
     merged = {merge.batch: merge.slots() for merge in plan.merges}
     assert len(merged) == len(plan.merges)
-    gathered = {i for i, mine in items.items() if any(item.gathers for item in mine)}
+    gathered = {i for i, mine in items.items() if any(item.joins for item in mine)}
     wanted = {i: mine for i, mine in pieces.items() if len(mine) != 1 and i not in gathered}
     assert merged == wanted  # split requests in the order of their pieces; a request without tokens merges nothing
 
@@ -264,7 +264,7 @@ def test_a_request_joins_its_pieces_where_it_is_whole(problem):
         items = [(p, item) for p, item in zip(part_of, plan.items) if item.batch == i]
         sizes = [end - first for first, end, _ in pieces_of(plan, i)]
         wanted = len(items) == 1 < len(sizes) and config.runs > 0
-        assert [item.gathers for _, item in items] == [wanted] * len(items)
+        assert [item.joins for _, item in items] == [wanted] * len(items)
         assert not wanted or items[0][0] == items[0][1].slot
 
 
