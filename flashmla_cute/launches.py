@@ -10,7 +10,7 @@ import re
 import struct
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 
 from . import resources
 from .kernels import append, combine, dense_decode, fp8_decode, schedule, upcast_decode
@@ -323,10 +323,7 @@ def _dense_maps(config: MLAConfig) -> dict[str, dict]:
         q_rope, first = ("q_rope", 0) if config.q_pair else ("q", kv.latent)
         maps["q_rope.atom"] = make(q_rope, first, _query_axes(config, q_rope, 1), columns=kv.rope)
         maps["rope.atom"] = make("cache", kv.latent, _cache_axes(config, 1), columns=kv.rope)
-    if config.fixed_pieces:
-        flat = replace(config, ragged=False)
-        maps["piece.atom"] = _tensor_map("float16", "o_split", 0, _query_axes(flat, "o_split", blocks))
-    order = "q.atom", "q_last.atom", "q_rope.atom", "piece.atom", "latent.atom", "rope.atom"
+    order = "q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom"
     return {name: maps[name] for name in order if name in maps}
 
 

@@ -238,7 +238,7 @@ def encoded_boxes(host_code: str) -> list[list[int]]:
     "op, maps",
     [
         *((ops.DecodeOp(MLAConfig(head_tile=head_tile)), 5) for head_tile in (0, 1, 16, 64)),
-        (ops.DecodeOp(MLAConfig(fixed_pieces=True, ragged=True, head_tile=16)), 6),
+        (ops.DecodeOp(MLAConfig(fixed_pieces=True, ragged=True, head_tile=16)), 5),
         (ops.Fp8DecodeOp(Fp8Config(base=MLAConfig(head_tile=16))), 4),
         (ops.Fp8DecodeOp(Fp8Config(base=MLAConfig(page=16), q_dtype="float8_e4m3fn", q_terms=1, open_steps=6)), 4),
         (ops.Fp8DecodeOp(UpcastConfig()), 5),
