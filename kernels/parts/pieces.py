@@ -24,7 +24,7 @@ from .tiles import element, fragment_row, thread_in_warpgroup
 from .work import next_edge
 
 SUM, SUM_SHARE, PIECE_SHARE, FACTOR = range(4)  # columns of FixedPieces.joined
-IN_FLIGHT = 2  # vectors of a sum that a thread loads before it uses the first: 16 registers
+IN_FLIGHT = 2  # vectors of a sum that a thread loads before it uses the first, 8 registers; with 4, 60 bytes of spills
 
 
 @dataclass(frozen=True)
