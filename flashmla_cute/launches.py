@@ -323,8 +323,7 @@ def _dense_maps(config: MLAConfig) -> dict[str, dict]:
         q_rope, first = ("q_rope", 0) if config.q_pair else ("q", kv.latent)
         maps["q_rope.atom"] = make(q_rope, first, _query_axes(config, q_rope, 1), columns=kv.rope)
         maps["rope.atom"] = make("cache", kv.latent, _cache_axes(config, 1), columns=kv.rope)
-    order = "q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom"
-    return {name: maps[name] for name in order if name in maps}
+    return {name: maps[name] for name in ("q.atom", "q_last.atom", "q_rope.atom", "latent.atom", "rope.atom") if name in maps}
 
 
 def _fp8_maps(config: Fp8Config) -> dict[str, dict]:

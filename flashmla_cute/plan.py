@@ -92,8 +92,8 @@ class DecodePlan:
         config = config or (BATCH_INVARIANT if batch_invariant else ScheduleConfig())
         fixed = config.max_pieces > 0
         need(batch_invariant == fixed, "batch_invariant", batch_invariant, f"{fixed} with this config, {config}")
-        if fixed and partials == torch.float16 and cache.format.dtype in FORMATS:  # what the kernel can join
-            config = replace(config, runs=1)
+        joins = fixed and partials == torch.float16 and cache.format.dtype in FORMATS  # what the kernel can
+        config = replace(config, runs=int(joins))
         self.fixed_pieces = config.runs > 0
         need(cache.batch <= config.max_batch, "cache.batch", cache.batch, f"up to {config.max_batch}")
         if not isinstance(options, DecodeOptions):

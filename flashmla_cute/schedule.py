@@ -73,7 +73,7 @@ class Schedule:
 
 def num_slots(batch: int, row_tiles: int, max_parts: int, max_tiles: int, config: ScheduleConfig = ScheduleConfig()) -> int:
     """partial results that `batch` requests of up to `max_tiles` tiles can need"""
-    if config.runs:  # one for each part, and those of cut requests
+    if config.max_pieces and config.runs:  # one for each part, and those of cut requests
         return max_parts + min(batch, max_parts - 1) * num_pieces(max_tiles, row_tiles, config)
     if config.max_pieces:
         return max(1, batch * num_pieces(max_tiles, row_tiles, config))

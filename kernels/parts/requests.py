@@ -16,8 +16,7 @@ from .ptx import lane_value, uniform
 from .sync import RingPos
 from .work import RECORD, Work, WorkItem, record_of
 
-BATCH, FIRST, END, SLOT, SEQLEN = range(5)
-assert [f.name for f in fields(WorkItem)][:5] == ["batch", "first", "end", "slot", "seqlen"]
+BATCH, FIRST, END, SEQLEN = ([f.name for f in fields(WorkItem)].index(name) for name in ("batch", "first", "end", "seqlen"))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def store_item_lse(config: Constexpr, softmax, result: Outputs, item, rows):
 def store_item_o(config: Constexpr, half: Constexpr[int], rO, inv_sum, result: Outputs, item, rows):
     """a VALUE warpgroup's half of the columns"""
     if item.slot < 0:
-        gO = final_o(config, result, item)
+        gO = _final_o(config, result, item)
         if const_expr(config.out == "float32"):
             store_wide(half, rO, inv_sum, gO, rows)
         else:
@@ -69,7 +69,7 @@ def store_item_o(config: Constexpr, half: Constexpr[int], rO, inv_sum, result: O
         store_rows(half, rO, inv_sum, result.o_split[item.slot, None, None, None], rows, True)
 
 
-def final_o(config, result: Outputs, item):
+def _final_o(config, result: Outputs, item):
     """(token, head, column) of the item's request"""
     if config.ragged:
         return cute.domain_offset((item.token, 0, 0), result.o)
@@ -80,6 +80,6 @@ def final_o(config, result: Outputs, item):
 def store_item_columns(config: Constexpr, first, rO: tuple, sInv, result: Outputs, item, rows):
     """a VALUE warp's columns `first` .. of o^T (parts/transposed.py)"""
     if item.slot < 0:
-        store_columns(first, rO, sInv, final_o(config, result, item), rows, False)
+        store_columns(first, rO, sInv, _final_o(config, result, item), rows, False)
     else:
         store_columns(first, rO, sInv, result.o_split[item.slot, None, None, None], rows, config.split != "float32")

@@ -12,7 +12,7 @@ from .rows import RowTile
 RECORD = 8  # int32 of an item: the fields of WorkItem; 0 in those that a kernel does not need
 PART = 16  # int32 of a part: the record of its first item, then
 BEGIN, COUNT = 8, 9  # where its items begin, and how many they are
-SLOT, TOKEN, NUM_QUERIES = 3, 5, 6  # fields; the last two of ragged queries
+TOKEN, NUM_QUERIES = 5, 6  # fields of ragged queries
 PIECES = 7  # field of fixed pieces
 PIECE_SHIFT = 5  # in it: of a piece's length, beside how many are a tile longer
 MERGE = 4  # int32 of a request to merge: request (ragged: TOKEN), first slot, pieces (0: no tokens), 0 (ragged: NUM_QUERIES)

@@ -100,7 +100,7 @@ class Fp8Kernel(Kernel):
 def run_some(q_slots: int, slots: int = 5, count: int = 300, **options):
     for seed in range(count):
         drawn = random.Random(seed)
-        Fp8Kernel(some_items(drawn, slots, False), slots, drawn, q_slots=q_slots, **options).run()
+        Fp8Kernel(some_items(drawn, shortest=0), slots, drawn, q_slots=q_slots, **options).run()
 
 
 @pytest.mark.parametrize("slots", [3, 5])

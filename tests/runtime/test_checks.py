@@ -213,6 +213,16 @@ def test_plan_rejects(launches, arguments, name, given, allowed):
     assert launches == []
 
 
+@pytest.mark.parametrize("runs", [0, 1])
+@pytest.mark.parametrize("max_pieces, partials, joins", [(4, torch.float16, 1), (4, torch.float32, 0), (0, torch.float16, 0)])
+def test_the_plan_decides_who_joins_pieces(launches, max_pieces, partials, joins, runs):
+    """whatever the config says: the workspace and the decode kernel go with it"""
+    config = ScheduleConfig(max_pieces=max_pieces, runs=runs)
+    cache = PagedKVCache(pool(4, 64, 1, 576), table(), lengths())
+    plan = DecodePlan(cache, 8, partials=partials, batch_invariant=max_pieces > 0, config=config)
+    assert (plan.config.runs, plan.fixed_pieces) == (joins, bool(joins))
+
+
 def test_plan_rejects_what_is_no_cache(launches):
     with rejects(TypeError, "cache", "Tensor", "a PagedKVCache"):
         DecodePlan(pool(), 8)
